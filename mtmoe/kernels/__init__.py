@@ -1,0 +1,114 @@
+"""The three steps that move tokens through experts, and dropout: one signature, several implementations.
+
+``plan_dispatch`` turns a routing decision into a permutation; ``dispatch`` groups the tokens by expert, ``grouped_linear``
+multiplies each group with its expert's matrix, and ``combine`` adds the weighted results up at each token. Nothing here
+is of size tokens × experts.
+
+Backends: ``cpu`` (hand-written backward, one GEMM a non-empty expert) and ``reference`` (plain torch, obvious; the
+choice for every other device). Both agree in values and gradients.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mtmoe.kernels import cpu, reference
+from mtmoe.kernels.dropout import dropout
+from mtmoe.kernels.plan import DispatchPlan, plan_dispatch
+
+__all__ = ["BACKENDS", "DispatchPlan", "combine", "dispatch", "dropout", "grouped_linear", "plan_dispatch"]
+
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+"""Name of a backend -> its module with ``dispatch``, ``grouped_linear`` and ``combine``."""
+
+
+def load_backend(name: str | None, device: torch.device) -> ModuleType:
+    """Find a backend by name, or the best one for a device.
+
+    Raises:
+        ValueError: the name is unknown; the text lists the known ones.
+    """
+    if name is None:
+        name = "cpu" if device.type == "cpu" else "reference"
+    if name not in BACKENDS:
+        raise ValueError(f"backend={name!r} is unknown; choose one of: {', '.join(sorted(BACKENDS))}")
+    return BACKENDS[name]
+
+
+def dispatch(x: Tensor, plan: DispatchPlan, *, backend: str | None = None) -> Tensor:
+    """Copy each token once for each expert it goes to, grouped by expert.
+
+    Args:
+        x: (tokens, d_model), any float type; gets a gradient.
+        plan: of the same number of tokens.
+        backend: a key of `BACKENDS`; by default the best for the device.
+
+    Returns:
+        (routed, d_model), like `x`: first expert's tokens first, in token order within an expert.
+
+    Raises:
+        ValueError: `x` has another number of tokens than the plan.
+    """
+    if x.dim() != 2 or x.shape[0] != plan.tokens:
+        raise ValueError(f"dispatch got x of shape {tuple(x.shape)}; the plan is for ({plan.tokens}, d_model)")
+    return load_backend(backend, x.device).dispatch(x, plan)  # type: ignore[no-any-return]
+
+
+def grouped_linear(
+    x: Tensor, plan: DispatchPlan, weight: Tensor, bias: Tensor | None, *, backend: str | None = None
+) -> Tensor:
+    """Apply to each group of rows the linear map of its expert.
+
+    Under autocast inputs are cast to the autocast type, as torch's own linear does.
+
+    Args:
+        x: (routed, d_in), grouped as `dispatch` returns it; gets a gradient.
+        plan: tells how many rows belong to each expert.
+        weight: (num_experts, d_out, d_in); gets a gradient, zero for an expert without tokens.
+        bias: (num_experts, d_out) or None; gets a gradient.
+        backend: a key of `BACKENDS`; by default the best for the device.
+
+    Returns:
+        (routed, d_out).
+
+    Raises:
+        ValueError: the shapes do not fit each other or the plan.
+    """
+    if weight.dim() != 3 or weight.shape[0] != plan.num_experts or x.shape != (plan.routed, weight.shape[2]):
+        raise ValueError(
+            f"grouped_linear got x {tuple(x.shape)} and weight {tuple(weight.shape)}; the plan has {plan.routed} rows "
+            f"for {plan.num_experts} experts"
+        )
+    if bias is not None and bias.shape != weight.shape[:2]:
+        raise ValueError(f"grouped_linear got bias {tuple(bias.shape)}; weight asks for {tuple(weight.shape[:2])}")
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return load_backend(backend, x.device).grouped_linear(x, plan, weight, bias)  # type: ignore[no-any-return]
+
+
+def combine(y: Tensor, plan: DispatchPlan, weight: Tensor, *, backend: str | None = None) -> Tensor:
+    """Add up at each token what its experts returned, each times its weight.
+
+    Args:
+        y: (routed, d_model), grouped by expert; gets a gradient.
+        plan: the plan that grouped the tokens.
+        weight: (tokens, top_k) fp32; gets a gradient. Entries of choices that are not routed are ignored.
+        backend: a key of `BACKENDS`; by default the best for the device.
+
+    Returns:
+        (tokens, d_model), the type of `y`, summed in at least fp32; zero where a token went to no expert.
+
+    Raises:
+        ValueError: the shapes do not fit the plan.
+    """
+    if y.dim() != 2 or y.shape[0] != plan.routed or weight.shape != (plan.tokens, plan.top_k):
+        raise ValueError(
+            f"combine got y {tuple(y.shape)} and weight {tuple(weight.shape)}; the plan has {plan.routed} rows "
+            f"of {plan.tokens} tokens with {plan.top_k} choices"
+        )
+    return load_backend(backend, y.device).combine(y, plan, weight)  # type: ignore[no-any-return]

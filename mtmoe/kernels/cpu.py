@@ -1,0 +1,126 @@
+"""The CPU implementation: one GEMM a non-empty expert, written straight into its place, and no scatter-add.
+
+A token's rows are found through `DispatchPlan.slot`, so both sums over choices (combine, and the backward of dispatch)
+are gathers; ``index_add`` on a CPU walks the rows one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from mtmoe.kernels.plan import DispatchPlan
+
+
+def dispatch(x: Tensor, plan: DispatchPlan) -> Tensor:
+    """See `mtmoe.kernels.dispatch`."""
+    return _Dispatch.apply(x, plan)  # type: ignore[no-any-return]
+
+
+def grouped_linear(x: Tensor, plan: DispatchPlan, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `mtmoe.kernels.grouped_linear`."""
+    return _GroupedLinear.apply(x, plan, weight, bias)  # type: ignore[no-any-return]
+
+
+def combine(y: Tensor, plan: DispatchPlan, weight: Tensor) -> Tensor:
+    """See `mtmoe.kernels.combine`."""
+    return _Combine.apply(y, plan, weight)  # type: ignore[no-any-return]
+
+
+def _sum_choices(grouped: Tensor, plan: DispatchPlan, weight: Tensor | None) -> Tensor:
+    """Sum each token's rows, times their weights if given: (routed, d) -> (tokens, d) in the wider type."""
+    dtype = torch.promote_types(grouped.dtype, torch.float32)
+    if not plan.routed:
+        return grouped.new_zeros(plan.tokens, grouped.shape[1], dtype=dtype)
+    if weight is not None:
+        weight = weight.to(dtype)
+    slot = plan.slot
+    if not plan.complete:
+        missing = slot < 0
+        slot = slot.clamp(min=0)
+        weight = torch.ones(slot.shape, dtype=dtype) if weight is None else weight
+        weight = weight.masked_fill(missing, 0)
+    total = None
+    for choice in range(plan.top_k):
+        rows = grouped.index_select(0, slot[:, choice])  # (tokens, d)
+        if weight is None:
+            total = rows.to(dtype) if total is None else total.add_(rows)
+        else:
+            column = weight[:, choice, None]
+            total = rows * column if total is None else total.addcmul_(rows.to(dtype), column)
+    assert total is not None  # top_k is at least 1
+    return total
+
+
+class _Dispatch(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: DispatchPlan) -> Tensor:
+        ctx.plan = plan
+        return x.index_select(0, plan.token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum_choices(grad, ctx.plan, None).to(grad.dtype), None
+
+
+class _GroupedLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: DispatchPlan, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.plan, ctx.has_bias = plan, bias is not None
+        y = x.new_empty(x.shape[0], weight.shape[1])
+        for expert, start, end in plan.segments:
+            if bias is None:
+                torch.mm(x[start:end], weight[expert].t(), out=y[start:end])
+            else:
+                torch.addmm(bias[expert], x[start:end], weight[expert].t(), out=y[start:end])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        plan: DispatchPlan = ctx.plan
+        grad = grad.contiguous()
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weight = grad_bias = None
+        # Empty experts keep zeros; when every expert has tokens each gradient is written exactly once.
+        new = torch.empty_like if len(plan.segments) == plan.num_experts else torch.zeros_like
+        if ctx.needs_input_grad[2]:
+            grad_weight = new(weight)
+        if ctx.has_bias and ctx.needs_input_grad[3]:
+            grad_bias = new(weight[:, :, 0], memory_format=torch.contiguous_format)
+        for expert, start, end in plan.segments:
+            rows = grad[start:end]
+            if grad_x is not None:
+                torch.mm(rows, weight[expert], out=grad_x[start:end])
+            if grad_weight is not None:
+                torch.mm(rows.t(), x[start:end], out=grad_weight[expert])
+            if grad_bias is not None:
+                torch.sum(rows, 0, out=grad_bias[expert])
+        return grad_x, None, grad_weight, grad_bias
+
+
+class _Combine(Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, plan: DispatchPlan, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weight)
+        ctx.plan = plan
+        return _sum_choices(y, plan, weight).to(y.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        y, weight = ctx.saved_tensors
+        plan: DispatchPlan = ctx.plan
+        rows = grad.index_select(0, plan.token)  # (routed, d_model)
+        grad_weight = torch.zeros_like(weight)
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        grad_weight.view(-1)[plan.assignment] = torch.linalg.vecdot(rows.to(dtype), y.to(dtype)).to(weight.dtype)
+        grad_y = rows.mul_(weight.reshape(-1)[plan.assignment, None].to(rows.dtype))
+        return grad_y, None, grad_weight

@@ -1,0 +1,79 @@
+"""Conditional MoE Routing (CMR): each token weighs a shared feed-forward network against the experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mtmoe import kernels
+from mtmoe.moe.config import MoEConfig
+from mtmoe.moe.experts import activation_of
+
+
+class SharedFeedForward(nn.Module):
+    """The dense network that every token passes under CMR; names as in fairseq's Transformer layer."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation = activation_of(config.activation)
+        d_ffn = config.cmr_d_ffn or config.d_ffn
+        self.fc1 = nn.Linear(config.d_model, d_ffn)
+        self.fc2 = nn.Linear(d_ffn, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, d_model) -> (tokens, d_model), dropout included in training."""
+        hidden = kernels.dropout(self.activation(self.fc1(x)), self.config.activation_dropout, self.training)
+        return kernels.dropout(self.fc2(hidden), self.config.dropout, self.training)
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionalGates:
+    """The CMR gates of one forward pass."""
+
+    value: Tensor
+    """(tokens, 1) fp32: share of the experts in each token's output; after gate dropout."""
+    total: Tensor
+    """() fp32: sum over real tokens, with a gradient, for the budget loss."""
+    count: Tensor
+    """() int64: real tokens."""
+
+
+class ConditionalRouting(nn.Module):
+    """``(1 - G) * shared(x) + G * experts(x)`` with a gate ``G = sigmoid(w · x + b)`` for each token.
+
+    Sources: NLLB Team 2022; Elbayad et al. 2022; after Zhang et al. 2021 (CLSR).
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.d_model, 1)
+        self.shared = SharedFeedForward(config)
+
+    def gates(self, x: Tensor, real: Tensor | None) -> ConditionalGates:
+        """Compute the gates, with gate dropout in training.
+
+        Args:
+            x: (tokens, d_model).
+            real: (tokens,) bool, False for padding, which does not count in the sum; None when all are real.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            value = torch.sigmoid(F.linear(x.to(dtype), self.gate.weight.to(dtype), self.gate.bias.to(dtype)))
+        rate = self.config.cmr_gate_drop
+        if self.training and rate > 0:
+            value = value.masked_fill(torch.rand_like(value) < rate, 0)
+            if self.config.cmr_gate_drop_mode == "inverted":
+                value = value / (1 - rate)
+        if real is None:
+            return ConditionalGates(value, value.sum(), torch.tensor(len(value), device=x.device))
+        return ConditionalGates(value, value[real].sum(), real.sum())
+
+    def forward(self, x: Tensor, experts_output: Tensor, gates: ConditionalGates) -> Tensor:
+        """Mix the shared network's output with the experts': (tokens, d_model), the type of `experts_output`."""
+        shared = self.shared(x)
+        return (shared + gates.value * (experts_output - shared)).to(experts_output.dtype)

@@ -1,0 +1,22 @@
+"""Gates by name. Adding one means a file here, a line in `GATES` and a test."""
+
+from __future__ import annotations
+
+from mtmoe.moe.config import MoEConfig
+from mtmoe.moe.gates.topk import TopKGate
+
+__all__ = ["GATES", "TopKGate", "build_gate"]
+
+GATES: dict[str, type[TopKGate]] = {"topk": TopKGate}
+"""Name -> gate: a module with ``forward(x, real) -> RoutingDecision``."""
+
+
+def build_gate(config: MoEConfig) -> TopKGate:
+    """Make the gate that a config names.
+
+    Raises:
+        ValueError: the name is unknown; the text lists the known ones.
+    """
+    if config.gate not in GATES:
+        raise ValueError(f"gate={config.gate!r} is unknown; choose one of: {', '.join(sorted(GATES))}")
+    return GATES[config.gate](config)

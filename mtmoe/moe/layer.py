@@ -1,0 +1,82 @@
+"""The MoE layer: reads like the figure in the papers, from top to bottom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mtmoe import kernels
+from mtmoe.moe.capacity import limit
+from mtmoe.moe.conditional import ConditionalRouting
+from mtmoe.moe.config import MoEConfig
+from mtmoe.moe.experts import ExpertBank
+from mtmoe.moe.gates import build_gate
+from mtmoe.moe.masking import drop_gating, mask_expert_outputs, mask_final_output
+from mtmoe.moe.statistics import RoutingStatistics, gather_statistics
+
+
+@dataclass(frozen=True, slots=True)
+class MoEOutput:
+    """What one forward pass of a layer computed; nothing is kept in the layer itself."""
+
+    y: Tensor
+    """(…, d_model): goes into the residual connection; 0 at padding."""
+    losses: dict[str, Tensor]
+    """Name -> () fp32, not yet weighted."""
+    statistics: RoutingStatistics
+    """What the routing did."""
+
+
+class MoELayer(nn.Module):
+    """A sparse feed-forward sublayer, without layer norm and residual connection.
+
+    Order: gate → capacity → gating dropout → dispatch → experts → EOM → combine → CMR → FOM.
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = build_gate(config)
+        self.experts = ExpertBank(config)
+        self.conditional = ConditionalRouting(config) if config.cmr else None
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> MoEOutput:
+        """Send each token through its experts.
+
+        Args:
+            x: (…, d_model), any float type.
+            padding_mask: (…) bool, True at padding, which is not routed and takes no capacity; None when there is none.
+
+        Returns:
+            The output in the shape of `x`, the losses and the statistics.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        config = self.config
+        if x.shape[-1] != config.d_model:
+            raise ValueError(f"x of shape {tuple(x.shape)} must end in d_model={config.d_model}")
+        if padding_mask is not None and padding_mask.shape != x.shape[:-1]:
+            raise ValueError(f"padding_mask {tuple(padding_mask.shape)} must be {tuple(x.shape[:-1])}, as x without d_model")
+        tokens = x.reshape(-1, config.d_model)
+        real = None if padding_mask is None else ~padding_mask.reshape(-1)
+
+        chosen = self.gate(tokens, real)
+        seated = limit(chosen, config, self.training)
+        decision = drop_gating(seated, config, self.training)
+        # EOM hides expert outputs; hidden pairs are not worth computing, so it stands before dispatch.
+        decision = mask_expert_outputs(decision, config, self.training)
+        plan = kernels.plan_dispatch(decision.expert_index, config.num_experts)
+        y = self.experts(kernels.dispatch(tokens, plan), plan)
+        y = kernels.combine(y, plan, decision.weight)
+
+        gates = None
+        if self.conditional is not None:
+            gates = self.conditional.gates(tokens, real)
+            y = self.conditional(tokens, y, gates)
+            if real is not None:
+                y = y.masked_fill(~real[:, None], 0)
+        y = mask_final_output(y, config, self.training)
+        statistics = gather_statistics(chosen, seated, real, gates)
+        return MoEOutput(y.view(x.shape), chosen.losses, statistics)

@@ -1,0 +1,80 @@
+"""Auxiliary losses of routing. None is weighted here: the training criterion does that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def load_balance_loss(gate_probs: Tensor, expert_index: Tensor) -> Tensor:
+    """Penalise experts that draw many tokens and much probability at once.
+
+    ``num_experts * sum_e(share_e * mean_prob_e)``: 1.0 when balanced, `num_experts` when one expert takes all.
+    The gradient flows through the probabilities only.
+
+    Args:
+        gate_probs: (tokens, num_experts) fp32, each row sums to 1.
+        expert_index: (tokens, top_k) int64, best choice first; only the first counts, before capacity.
+
+    Returns:
+        () fp32, without unit: a mean over tokens, not yet weighted.
+
+    Raises:
+        ValueError: there are no tokens, so the shares are undefined.
+
+    Source: Fedus et al. 2021 (Switch Transformer), section 2.2; Lepikhin et al. 2020 (GShard).
+    """
+    tokens, num_experts = gate_probs.shape
+    if tokens == 0:
+        raise ValueError("load_balance_loss needs at least one token, got none; skip the loss for an empty batch")
+    share = torch.bincount(expert_index[:, 0], minlength=num_experts).to(gate_probs.dtype) / tokens
+    return num_experts * torch.dot(share, gate_probs.mean(dim=0))
+
+
+def router_z_loss(gate_logits: Tensor) -> Tensor:
+    """Keep the gate's logits small: the mean squared log-partition.
+
+    Args:
+        gate_logits: (tokens, num_experts) fp32.
+
+    Returns:
+        () fp32, without unit: a mean over tokens, not yet weighted.
+
+    Raises:
+        ValueError: there are no tokens.
+
+    Source: Zoph et al. 2022 (ST-MoE), equation 5.
+    """
+    if gate_logits.shape[0] == 0:
+        raise ValueError("router_z_loss needs at least one token, got none; skip the loss for an empty batch")
+    return gate_logits.logsumexp(dim=-1).square().mean()
+
+
+def cmr_budget_loss(gate_sums: Sequence[Tensor], token_counts: Sequence[Tensor], budget: float) -> Tensor:
+    """Hold the share of tokens that use the experts near a budget, over all CMR layers together.
+
+    ``|sum of gates / number of gates - budget|``: one budget for the model, the absolute value outside the sum, so that
+    layers may differ.
+
+    Args:
+        gate_sums: a () fp32 tensor for each layer, the sum of its gates over real tokens.
+        token_counts: a () tensor for each layer, its number of real tokens.
+        budget: wanted mean gate, in [0, 1].
+
+    Returns:
+        () fp32, without unit, not yet weighted; 0 when there is no token at all.
+
+    Raises:
+        ValueError: there are no layers, or the budget is outside [0, 1].
+
+    Source: NLLB Team 2022 and Elbayad et al. 2022, Conditional MoE Routing.
+    """
+    if not gate_sums:
+        raise ValueError("cmr_budget_loss needs at least one CMR layer")
+    if not 0.0 <= budget <= 1.0:
+        raise ValueError(f"budget={budget} must be between 0 and 1")
+    total, count = torch.stack(list(gate_sums)).sum(), torch.stack(list(token_counts)).sum()
+    # An all-padding batch has no mean; `total` is 0 then, and so is the result, with a gradient path.
+    return torch.where(count > 0, (total / count.clamp(min=1) - budget).abs(), total)

@@ -1,0 +1,94 @@
+"""Masking against over-fitting: EOM, FOM and gating dropout. Everything draws from torch's global generator, and only
+in training with a rate above 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mtmoe.moe.config import MoEConfig
+from mtmoe.moe.routing import RoutingDecision
+
+
+def mask_expert_outputs(decision: RoutingDecision, config: MoEConfig, training: bool) -> RoutingDecision:
+    """Expert Output Masking: hide each (token, expert) output with probability `config.eom`.
+
+    A hidden output adds nothing and gets no gradient, and the other weights stay as they were, so the pair need not be
+    computed at all: it leaves the decision, and EOM saves its share of the experts' work.
+
+    Args:
+        decision: after capacity and normalisation.
+        config: ``eom`` and ``masking_scale``.
+        training: masks in training; in evaluation ``masking_scale="eval"`` multiplies the weights by ``1 - eom``.
+
+    Returns:
+        The decision with hidden choices at -1, or with scaled weights.
+
+    Source: Elbayad et al. 2022, and its release: the unit is the (token, expert) pair, not the token.
+    """
+    rate = config.eom
+    if rate == 0:
+        return decision
+    if not training:
+        return decision if config.masking_scale == "inverted" else replace(decision, weight=decision.weight * (1 - rate))
+    hidden = torch.rand_like(decision.weight) < rate
+    weight = decision.weight.masked_fill(hidden, 0)
+    if config.masking_scale == "inverted":
+        weight = weight / (1 - rate)
+    return replace(decision, expert_index=decision.expert_index.masked_fill(hidden, -1), weight=weight)
+
+
+def mask_final_output(y: Tensor, config: MoEConfig, training: bool) -> Tensor:
+    """Final Output Masking: hide a token's whole output of the layer with probability `config.fom`.
+
+    Args:
+        y: (tokens, d_model), before the residual connection; with CMR after its mixture.
+        config: ``fom`` and ``masking_scale``.
+        training: masks in training; in evaluation ``masking_scale="eval"`` multiplies by ``1 - fom``.
+
+    Returns:
+        A tensor like `y`.
+
+    Source: Elbayad et al. 2022.
+    """
+    rate = config.fom
+    if rate == 0:
+        return y
+    if not training:
+        return y if config.masking_scale == "inverted" else y * (1 - rate)
+    hidden = torch.rand(y.shape[0], 1, device=y.device) < rate
+    y = y.masked_fill(hidden, 0)
+    return y / (1 - rate) if config.masking_scale == "inverted" else y
+
+
+def drop_gating(decision: RoutingDecision, config: MoEConfig, training: bool) -> RoutingDecision:
+    """Gating dropout, emulated in one process: on a drawn step no token leaves its rank.
+
+    Experts are split over ``config.ranks`` ranks in blocks, tokens in as many blocks. On a drawn step (one draw for the
+    whole layer, the consensus of the paper) a chosen expert is replaced by the one with the same offset on the token's
+    own rank: what skipping the all-to-all does to the buffers. The weights stay the gate's. In mode ``gate_expert`` the
+    experts are skipped altogether.
+
+    Args:
+        decision: after capacity.
+        config: ``gating_dropout``, its mode and ranks.
+        training: evaluation leaves the decision alone.
+
+    Returns:
+        The same decision, or one that stays local or goes nowhere.
+
+    Source: Liu et al. 2022 (Gating Dropout).
+    """
+    if config.gating_dropout == 0 or not training or torch.rand(()).item() >= config.gating_dropout:
+        return decision
+    expert_index = decision.expert_index
+    if config.gating_dropout_mode == "gate_expert":
+        nowhere = torch.full_like(expert_index, -1)
+        return replace(decision, expert_index=nowhere, weight=torch.zeros_like(decision.weight))
+    tokens, local_experts = len(expert_index), config.num_experts // config.ranks
+    rank = torch.arange(tokens, device=expert_index.device) * config.ranks // max(tokens, 1)
+    local = rank[:, None] * local_experts + expert_index % local_experts
+    return replace(decision, expert_index=torch.where(expert_index < 0, expert_index, local))

@@ -1,0 +1,21 @@
+"""What a gate decides, for any gate: the one type that passes between gate, capacity, masking and dispatch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingDecision:
+    """Where each token goes. Padding goes nowhere: its choices are -1 and its weights 0."""
+
+    expert_index: Tensor
+    """(tokens, top_k) int64, best choice first; -1 where a choice is not routed."""
+    weight: Tensor
+    """(tokens, top_k) fp32, weight of each choice; 0 where it is not routed."""
+    gate_probs: Tensor
+    """(tokens, num_experts) fp32, each row sums to 1; padding rows too."""
+    losses: dict[str, Tensor]
+    """Name -> () fp32, not yet weighted: ``load_balance``, ``router_z``."""
