@@ -1,8 +1,8 @@
 """The three steps that move tokens through experts, and dropout: one signature, several implementations.
 
-``plan_dispatch`` turns a routing decision into a permutation; ``dispatch`` groups the tokens by expert, ``grouped_linear``
-multiplies each group with its expert's matrix, and ``combine`` adds the weighted results up at each token. Nothing here
-is of size tokens × experts.
+``plan_dispatch`` turns a routing decision into a permutation; ``dispatch`` groups the tokens by expert,
+``grouped_linear`` multiplies each group with its expert's matrix, and ``combine`` adds the weighted results up at each
+token. Nothing here is of size tokens x experts.
 
 Backends: ``cpu`` (hand-written backward, one GEMM a non-empty expert) and ``reference`` (plain torch, obvious; the
 choice for every other device). Both agree in values and gradients.
@@ -87,8 +87,13 @@ def grouped_linear(
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return load_backend(backend, x.device).grouped_linear(x, plan, weight, bias)  # type: ignore[no-any-return]
+    else:
+        dtype = x.dtype
+        if weight.dtype != dtype:
+            raise ValueError(f"grouped_linear got x of {dtype} and weight of {weight.dtype}; cast one, or use autocast")
+    return load_backend(backend, x.device).grouped_linear(  # type: ignore[no-any-return]
+        x.to(dtype), plan, weight, bias
+    )
 
 
 def combine(y: Tensor, plan: DispatchPlan, weight: Tensor, *, backend: str | None = None) -> Tensor:

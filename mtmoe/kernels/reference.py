@@ -17,7 +17,8 @@ def dispatch(x: Tensor, plan: DispatchPlan) -> Tensor:
 def grouped_linear(x: Tensor, plan: DispatchPlan, weight: Tensor, bias: Tensor | None) -> Tensor:
     """See `mtmoe.kernels.grouped_linear`."""
     groups = x.split(plan.tokens_per_expert.tolist())
-    biases = bias if bias is not None else [None] * plan.num_experts
+    weight = weight.to(x.dtype)
+    biases = bias.to(x.dtype) if bias is not None else [None] * plan.num_experts
     return torch.cat([F.linear(group, w, b) for group, w, b in zip(groups, weight, biases, strict=True)])
 
 

@@ -27,7 +27,8 @@ class SharedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(tokens, d_model) -> (tokens, d_model), dropout included in training."""
         hidden = kernels.dropout(self.activation(self.fc1(x)), self.config.activation_dropout, self.training)
-        return kernels.dropout(self.fc2(hidden), self.config.dropout, self.training)
+        y: Tensor = self.fc2(hidden)
+        return kernels.dropout(y, self.config.dropout, self.training)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,5 +76,5 @@ class ConditionalRouting(nn.Module):
 
     def forward(self, x: Tensor, experts_output: Tensor, gates: ConditionalGates) -> Tensor:
         """Mix the shared network's output with the experts': (tokens, d_model), the type of `experts_output`."""
-        shared = self.shared(x)
+        shared: Tensor = self.shared(x)
         return (shared + gates.value * (experts_output - shared)).to(experts_output.dtype)

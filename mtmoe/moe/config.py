@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
+import textwrap
 from dataclasses import dataclass
 
 SECOND_EXPERT_POLICIES = ("all", "sampling", "random", "threshold")
@@ -98,9 +102,8 @@ class MoEConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0.0 <= self.eval_capacity_token_fraction <= 1.0:
-            raise ValueError(
-                f"eval_capacity_token_fraction={self.eval_capacity_token_fraction} must be between 0 and 1 (1 never drops)"
-            )
+            fraction = self.eval_capacity_token_fraction
+            raise ValueError(f"eval_capacity_token_fraction={fraction} must be between 0 and 1 (1 never drops)")
         if self.top_k == 1 and self.normalize_weights != "none":
             # A normalised single weight is the constant 1: the task loss would give the gate no gradient at all.
             raise ValueError(
@@ -121,3 +124,15 @@ class MoEConfig:
     def ranks(self) -> int:
         """Emulated ranks of gating dropout, with 0 resolved to one expert a rank."""
         return self.gating_dropout_ranks or self.num_experts
+
+
+def field_help() -> dict[str, str]:
+    """The line of documentation under each field of `MoEConfig`, for the help of options made from it."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(MoEConfig))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts: dict[str, str] = {}
+    for statement, following in itertools.pairwise(body.body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            assert isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            texts[statement.target.id] = " ".join(str(following.value.value).split())
+    return texts

@@ -58,7 +58,7 @@ class MoELayer(nn.Module):
         if x.shape[-1] != config.d_model:
             raise ValueError(f"x of shape {tuple(x.shape)} must end in d_model={config.d_model}")
         if padding_mask is not None and padding_mask.shape != x.shape[:-1]:
-            raise ValueError(f"padding_mask {tuple(padding_mask.shape)} must be {tuple(x.shape[:-1])}, as x without d_model")
+            raise ValueError(f"padding_mask {tuple(padding_mask.shape)} must be of shape {tuple(x.shape[:-1])}, as x")
         tokens = x.reshape(-1, config.d_model)
         real = None if padding_mask is None else ~padding_mask.reshape(-1)
 

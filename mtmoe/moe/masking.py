@@ -33,7 +33,9 @@ def mask_expert_outputs(decision: RoutingDecision, config: MoEConfig, training: 
     if rate == 0:
         return decision
     if not training:
-        return decision if config.masking_scale == "inverted" else replace(decision, weight=decision.weight * (1 - rate))
+        if config.masking_scale == "inverted":
+            return decision
+        return replace(decision, weight=decision.weight * (1 - rate))
     hidden = torch.rand_like(decision.weight) < rate
     weight = decision.weight.masked_fill(hidden, 0)
     if config.masking_scale == "inverted":
