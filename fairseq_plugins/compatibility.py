@@ -1,0 +1,112 @@
+"""Repairs of fairseq 0.12, each in one function that can be deleted when fairseq needs it no more."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fairseq import checkpoint_utils
+from fairseq.distributed import utils as distributed_utils
+from fairseq.file_io import PathManager
+
+from fairseq_plugins.stopping import stopping
+from mtmoe.files import replacing
+
+_done = False
+
+
+def repair() -> None:
+    """Apply all repairs, once in a process."""
+    global _done
+    if not _done:
+        _done = True
+        reload_checkpoints()
+        save_atomically()
+        stop_on_signals()
+        start_without_gpu()
+        quiet()
+
+
+def reload_checkpoints() -> None:
+    """Let torch ≥ 2.6 read fairseq's checkpoints: its weights-only loader refuses what the config and meters hold.
+
+    The types below are plain values; the loader still runs no code from the file.
+    """
+    scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
+    dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
+    torch.serialization.add_safe_globals([argparse.Namespace, scalar, np.dtype, *dtypes])
+
+
+def save_atomically() -> None:
+    """Never leave half a checkpoint under its final name.
+
+    fairseq writes the first file of a save beside its place and renames it, but without fsync, and *copies* it over
+    the others: a kill while ``checkpoint_last.pt`` was being overwritten lost it.
+    """
+
+    def torch_persistent_save(obj: Any, filename: str, async_write: bool = False) -> None:
+        with replacing(filename) as temporary:
+            torch.save(obj, temporary)
+
+    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+        target = Path(dst_path)
+        if target.exists() and not overwrite:
+            return False
+        # A second name for the same bytes takes no time and no space; files are only ever replaced, never changed.
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            temporary = Path(folder) / target.name
+            try:
+                os.link(src_path, temporary)
+            except OSError:  # a file system without links
+                shutil.copyfile(src_path, temporary)
+            os.replace(temporary, target)
+        return True
+
+    checkpoint_utils.torch_persistent_save = torch_persistent_save
+    PathManager.copy = staticmethod(copy)
+
+
+def stop_on_signals() -> None:
+    """Look for a signal after each update; see `fairseq_plugins.stopping`."""
+    import fairseq_cli.train
+
+    fairseq_cli.train.validate_and_save = stopping(fairseq_cli.train.validate_and_save)
+    main = sys.modules["__main__"]
+    if getattr(getattr(main, "__spec__", None), "name", None) == "fairseq_cli.train":  # python -m fairseq_cli.train
+        main.validate_and_save = fairseq_cli.train.validate_and_save  # type: ignore[attr-defined]
+
+
+def start_without_gpu() -> None:
+    """Let torchrun start training on CPUs: fairseq divides by the number of GPUs, and asks for NCCL."""
+    if torch.cuda.is_available():
+        return
+    infer = distributed_utils._infer_torch_distributed_launch_init
+
+    def on_cpu(cfg: Any) -> None:
+        count, torch.cuda.device_count = torch.cuda.device_count, lambda: 1
+        try:
+            infer(cfg)
+        finally:
+            torch.cuda.device_count = count
+        cfg.distributed_backend = "gloo"
+        if cfg.ddp_backend in ("c10d", "pytorch_ddp"):
+            cfg.ddp_backend = "legacy_ddp"  # the other one is given a GPU's number
+
+    distributed_utils._infer_torch_distributed_launch_init = on_cpu
+
+
+def quiet() -> None:
+    """Silence what fairseq's own calls make torch warn about, since no user can act on it."""
+    texts = (r"`?torch\.cuda\.amp\.", r".*nested_tensor", r".*pin_memory", r"Support for mismatched key_padding_mask",
+             r"hydra\.experimental", r"[\s\S]*version_base parameter", r".*deprecated keyword in package header",
+             r"[\s\S]*validated against ConfigStore schema", r"[\s\S]*strict flag in the compose API")  # fmt: skip
+    for text in texts:
+        warnings.filterwarnings("ignore", message=text)

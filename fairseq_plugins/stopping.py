@@ -1,0 +1,85 @@
+"""SIGTERM and SIGINT end training between two updates, with a checkpoint; a second signal ends it at once."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequested(Exception):
+    """Breaks off a validation that a signal came into."""
+
+
+class Stopper:
+    """Remembers that a signal asked training to stop."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        """Number of the signal that came; 0 = none."""
+
+    def install(self) -> None:
+        """Catch the signals from now on; only the main thread may, others leave it."""
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(SIGNALS[0]) != self._catch:
+            for number in SIGNALS:
+                signal.signal(number, self._catch)
+
+    def _catch(self, number: int, _: FrameType | None) -> None:
+        self.signal = number
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+
+    def agreed(self) -> bool:
+        """Whether any process of the run was asked; all processes have to call this together."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+            asked = torch.tensor(self.signal, device=device)
+            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+            self.signal = int(asked)
+        return self.signal != 0
+
+    def interrupt(self) -> None:
+        """Break off a validation if a signal came; processes must not part ways, so only where there is one.
+
+        Raises:
+            StopRequested: a signal came.
+        """
+        if self.signal and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise StopRequested
+
+
+stopper = Stopper()
+"""The one of this process: signals belong to processes."""
+
+
+def stopping(validate_and_save: Any) -> Any:
+    """Wrap fairseq's function of that name, which runs after every update: save and leave when a signal came."""
+
+    def wrapped(cfg: Any, trainer: Any, task: Any, epoch_itr: Any, *args: Any, **kwargs: Any) -> Any:
+        if not stopper.agreed():
+            try:
+                result = validate_and_save(cfg, trainer, task, epoch_itr, *args, **kwargs)
+            except StopRequested:
+                logger.warning("the validation at update %d was broken off", trainer.get_num_updates())
+            else:
+                if result[1] or not stopper.signal:
+                    return result
+                if torch.distributed.is_available() and torch.distributed.is_initialized():
+                    return result  # the others learn of it after the next update
+        checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+        logger.warning(
+            "stopped by %s after update %d; run the same command again to go on from %s/checkpoint_last.pt",
+            signal.Signals(stopper.signal).name, trainer.get_num_updates(), cfg.checkpoint.save_dir,
+        )  # fmt: skip
+        raise SystemExit(128 + stopper.signal)
+
+    return wrapped

@@ -1,0 +1,1 @@
+"""Tasks for fairseq, and the data sets and iterators that they use."""

@@ -1,0 +1,397 @@
+"""Many-to-many translation with language tags: the task ``mtmoe_translation`` for all of fairseq's commands."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, List, Optional  # noqa: UP035 - fairseq reads the types of options in this form only
+
+import numpy as np
+import torch
+from fairseq.data import Dictionary
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.logging import metrics
+from fairseq.tasks import FairseqTask, register_task
+from omegaconf import II, MISSING
+from torch import Tensor
+
+from fairseq_plugins.nonfinite import NonFiniteGuard
+from fairseq_plugins.stopping import stopper
+from fairseq_plugins.tasks.batch_iterators import FixedBatches, TrainingEpochs
+from fairseq_plugins.tasks.parallel_dataset import Direction, ParallelDataset, Side, read_side
+from mtmoe.errors import ConfigError, DataError, UnknownLanguage
+from mtmoe.training import curriculum
+from mtmoe.training.sampling import keyed_uniform
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class MtmoeTranslationConfig(FairseqDataclass):
+    """Options of ``--task mtmoe_translation``."""
+
+    data: str = field(default=MISSING, metadata={"help": "folder that `mtmoe prepare` wrote"})
+    directions: Optional[str] = field(  # noqa: UP045
+        default=None, metadata={"help": "directions to train and validate, as en-de,de-en (default: those of the data)"}
+    )
+    source_lang: Optional[str] = field(  # noqa: UP045
+        default=None, metadata={"help": "source language, to decode or validate one direction", "argparse_alias": "-s"}
+    )
+    target_lang: Optional[str] = field(  # noqa: UP045
+        default=None, metadata={"help": "target language, to decode or validate one direction", "argparse_alias": "-t"}
+    )
+    encoder_langtok: ChoiceEnum(["src", "tgt"]) = field(  # type: ignore[valid-type]
+        default="src", metadata={"help": "language whose tag goes before the source"}
+    )
+    sampling_temperature: float = field(
+        default=1.0, metadata={"help": "sample directions in proportion to n^(1/T); 1 = as they are, larger = flatter"}
+    )
+    curriculum_file: Optional[str] = field(  # noqa: UP045
+        default=None, metadata={"help": "YAML file of phases: directions that join training late"}
+    )
+    virtual_epoch_size: int = field(
+        default=0, metadata={"help": "sentence pairs in an epoch (0 = as many as the active directions have)"}
+    )
+    valid_limit: int = field(
+        default=0, metadata={"help": "validate on that many pairs of each direction, spread evenly (0 = all)"}
+    )
+    autocast: ChoiceEnum(["off", "bfloat16"]) = field(  # type: ignore[valid-type]
+        default="off", metadata={"help": "number format of matrix products; unlike --bf16 it works on CPUs"}
+    )
+    identity_warmup: float = field(
+        default=0.0, metadata={"help": "probability at update 0 that a batch copies its target: teaches cross-attention"}
+    )
+    identity_warmup_updates: int = field(
+        default=500, metadata={"help": "updates over which --identity-warmup falls linearly to 0"}
+    )
+    identity_floor: float = field(
+        default=0.0, metadata={"help": "least probability that a training batch copies its target"}
+    )
+    max_nonfinite_updates: int = field(
+        default=20, metadata={"help": "stop after that many skipped updates in a row (0 = never)"}
+    )
+    max_source_positions: int = field(default=1024, metadata={"help": "most tokens of a source, with its tag"})
+    max_target_positions: int = field(default=1024, metadata={"help": "most tokens of a target"})
+    seed: int = II("common.seed")
+    log_interval: int = II("common.log_interval")
+    max_update: int = II("optimization.max_update")
+    update_freq: List[int] = II("optimization.update_freq")  # type: ignore[assignment]
+    train_subset: str = II("dataset.train_subset")
+
+
+@register_task("mtmoe_translation", dataclass=MtmoeTranslationConfig)
+class MtmoeTranslationTask(FairseqTask):
+    """Encoder input ``[source tag] source </s>``; the decoder starts from ``[target tag]``, which is never searched."""
+
+    cfg: MtmoeTranslationConfig
+
+    def __init__(self, cfg: MtmoeTranslationConfig, dictionary: Dictionary, directions: Sequence[str]) -> None:
+        super().__init__(cfg)
+        self.dictionary = dictionary
+        self.directions = list(directions)
+        """Names behind the ``direction`` numbers of a sample."""
+        self.guard = NonFiniteGuard(cfg.max_nonfinite_updates)
+        self.num_updates = 0
+        self.epochs: TrainingEpochs | None = None
+        self._micro_batch = (-1, 0)
+        self._sides: dict[Path, Side] = {}
+
+    @classmethod
+    def setup_task(cls, cfg: MtmoeTranslationConfig, **kwargs: Any) -> "MtmoeTranslationTask":
+        """Read dictionary and directions from the data folder.
+
+        Raises:
+            DataError: it is no folder of prepared data.
+            UnknownLanguage: a direction has a language without a tag in the dictionary.
+            ConfigError: options contradict each other.
+        """
+        folder = Path(cfg.data)
+        for name in ("dict.txt", "languages.json"):
+            if not (folder / name).is_file():
+                raise DataError(f"{folder / name} is missing; give the folder that `mtmoe prepare` wrote")
+        dictionary = Dictionary.load(str(folder / "dict.txt"))
+        listed = json.loads((folder / "languages.json").read_text(encoding="utf-8"))
+        if (cfg.source_lang is None) != (cfg.target_lang is None):
+            raise ConfigError("give both --source-lang and --target-lang, or neither")
+        if cfg.source_lang is not None:
+            directions = [f"{cfg.source_lang}-{cfg.target_lang}"]
+        elif cfg.directions is not None:
+            directions = [name.strip() for name in cfg.directions.split(",") if name.strip()]
+        else:
+            directions = list(listed["directions"])
+        for name in directions:
+            if name.count("-") != 1:
+                raise ConfigError(f"direction {name!r} must be written source-target, such as en-de")
+            for language in name.split("-"):
+                if dictionary.index(f"__{language}__") == dictionary.unk():
+                    raise UnknownLanguage(
+                        f"language {language!r} of {name} has no tag in {folder / 'dict.txt'}; "
+                        f"it has: {', '.join(listed['languages'])}"
+                    )
+        logger.info("%d directions, %d words in the dictionary", len(directions), len(dictionary))
+        return cls(cfg, dictionary, directions)
+
+    # What fairseq asks of every task
+
+    @property
+    def source_dictionary(self) -> Dictionary:
+        """The dictionary; both sides share it."""
+        return self.dictionary
+
+    @property
+    def target_dictionary(self) -> Dictionary:
+        """The dictionary; both sides share it."""
+        return self.dictionary
+
+    def max_positions(self) -> tuple[int, int]:
+        """Most tokens of source (with its tag) and target."""
+        return self.cfg.max_source_positions, self.cfg.max_target_positions
+
+    def has_sharded_data(self, split: str) -> bool:
+        """The data is one folder."""
+        return False
+
+    # Data
+
+    def load_dataset(self, split: str, combine: bool = False, task_cfg: Any = None, **kwargs: Any) -> None:
+        """Load all directions of a split as one data set.
+
+        Raises:
+            DataError: no direction has this split, or files are damaged.
+        """
+        training = split == self.cfg.train_subset and self.cfg.source_lang is None
+        directions, missing = [], []
+        for name in self.directions:
+            source, target = name.split("-")
+            a, b = sorted((source, target))
+            prefix = Path(self.cfg.data) / "bin" / f"{split}.{a}-{b}"
+            if not Path(f"{prefix}.{source}.idx").is_file() and not Path(f"{prefix}.{target}.idx").is_file():
+                missing.append(name)
+                continue
+            sides = {code: self._side(Path(f"{prefix}.{code}")) for code in (source, target)}
+            directions.append(self._direction(name, sides[source], sides[target]))
+        if not directions or (missing and (self.cfg.directions or self.cfg.source_lang)):
+            raise DataError(f"{self.cfg.data}/bin has no {split} files for {', '.join(missing) or 'any direction'}")
+        if missing:
+            logger.info("%s: nothing for %s, which are only evaluated or only trained", split, ", ".join(missing))
+        limit = 0 if training or self.cfg.source_lang is not None else self.cfg.valid_limit
+        dataset = ParallelDataset(directions, pad=self.dictionary.pad(), limit=limit, training=training)
+        logger.info("%s: %d pairs in %d directions", split, len(dataset), len(directions))
+        self.datasets[split] = dataset
+        self._sides.clear()
+
+    def build_dataset_for_inference(
+        self, src_tokens: list[Tensor], src_lengths: list[int], constraints: Tensor | None = None, **kwargs: Any
+    ) -> ParallelDataset:
+        """Make a data set of source sentences, for ``fairseq-interactive``.
+
+        Args:
+            src_tokens: of each sentence its ids, with ``</s>``.
+            src_lengths: their lengths.
+            constraints: packed constraints of each sentence, for ``--constraints``.
+        """
+        self._one_direction()
+        tokens = torch.cat(src_tokens).numpy() if src_tokens else np.zeros(0, dtype=np.int64)
+        side = Side(tokens, np.asarray(src_lengths, dtype=np.int64))
+        dataset = ParallelDataset([self._direction(self.directions[0], side, None)], pad=self.dictionary.pad())
+        dataset.constraints = constraints
+        return dataset
+
+    def get_batch_iterator(
+        self,
+        dataset: ParallelDataset,
+        max_tokens: int | None = None,
+        max_sentences: int | None = None,
+        max_positions: Any = None,
+        ignore_invalid_inputs: bool = False,
+        required_batch_size_multiple: int = 1,
+        seed: int = 1,
+        num_shards: int = 1,
+        shard_id: int = 0,
+        epoch: int = 1,
+        **kwargs: Any,
+    ) -> TrainingEpochs | FixedBatches:
+        """Iterate over batches; epochs are drawn anew for the training set, the others come in one fixed order.
+
+        fairseq's ``--num-workers`` and ``--data-buffer-size`` have no effect: a batch takes less time than a worker
+        needs to hand it over.
+
+        Raises:
+            DataError: a sentence is too long and `ignore_invalid_inputs` is off, or none is short enough.
+        """
+        too_long = dataset.too_long(max_positions)
+        cost = dataset.sizes.max(axis=1)
+        if max_tokens is not None:
+            too_long |= cost > max_tokens
+        if too_long.any():
+            worst = int(cost.argmax())
+            text = (
+                f"{int(too_long.sum())} of {len(dataset)} pairs are longer than {max_positions} positions or "
+                f"max-tokens={max_tokens}, the longest {dataset.size(worst)}"
+            )
+            if not ignore_invalid_inputs:
+                raise DataError(f"{text}; skip them with --skip-invalid-size-inputs-valid-test, or raise the limits")
+            if too_long.all():
+                raise DataError(text)
+            logger.warning("%s: skipped", text)
+        if not dataset.training:
+            indices = np.flatnonzero(~too_long)
+            batches = dataset.batches(indices, max_tokens, max_sentences, required_batch_size_multiple)
+            return FixedBatches(dataset, batches, num_shards, shard_id)
+        phases = curriculum.load(self.cfg.curriculum_file) if self.cfg.curriculum_file else []
+        schedule = curriculum.resolve(phases, dataset.names, self.cfg.max_update)
+        for boundary in schedule.boundaries[1:]:
+            joining = [name for name, start in schedule.starts.items() if start == boundary]
+            logger.info("curriculum: from update %d also %s", boundary, ", ".join(joining))
+        self.epochs = TrainingEpochs(
+            dataset, schedule, ~too_long,
+            temperature=self.cfg.sampling_temperature, epoch_size=self.cfg.virtual_epoch_size,
+            seed=self.cfg.seed, epoch=epoch, update_freq=self.cfg.update_freq,
+            num_shards=num_shards, shard_id=shard_id, progress=self,
+            limits={
+                "max_tokens": max_tokens, "max_sentences": max_sentences, "multiple": required_batch_size_multiple,
+            },
+        )  # fmt: skip
+        return self.epochs
+
+    # Progress that a checkpoint keeps with the iterator
+
+    def progress(self) -> dict[str, int]:
+        """Counters that a checkpoint keeps."""
+        return {
+            "num_updates": self.num_updates,
+            "skipped_updates": self.guard.skipped,
+            "consecutive_skipped": self.guard.consecutive,
+        }
+
+    def restore(self, counters: dict[str, int]) -> None:
+        """Take the counters back from a checkpoint."""
+        self.num_updates = counters["num_updates"]
+        self.guard.skipped = counters["skipped_updates"]
+        self.guard.consecutive = counters["consecutive_skipped"]
+
+    # Steps
+
+    def begin_epoch(self, epoch: int, model: Any) -> None:
+        """Watch for signals from the first update on."""
+        stopper.install()
+
+    def train_step(
+        self, sample: dict, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False
+    ) -> tuple[Tensor, Any, dict]:
+        """Forward and backward of a micro-batch, under autocast, maybe as a copying exercise.
+
+        Returns:
+            The loss, the divisor of the gradient, and what to log.
+        """
+        micro = self._micro_batch[1] + 1 if self._micro_batch[0] == update_num else 0
+        self._micro_batch = (update_num, micro)
+        self.guard.watch(optimizer)
+        model.set_num_updates(update_num)
+        if hasattr(criterion, "collect_routing"):
+            criterion.collect_routing = (update_num + 1) % self.cfg.log_interval == 0
+        if self._copies(update_num, micro):
+            sample = identity_sample(sample, self.dictionary.pad(), self.cfg.max_source_positions)
+        with self._autocast(sample):
+            loss, sample_size, logging_output = criterion(model, sample)
+        if ignore_grad:
+            loss = loss * 0
+        optimizer.backward(self.guard.poison(loss))
+        return loss, sample_size, logging_output
+
+    def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
+        """Step, unless loss or gradient were not finite."""
+        self.num_updates = update_num + 1
+        self.guard.step(optimizer, update_num + 1)
+
+    def valid_step(self, sample: dict, model: Any, criterion: Any) -> tuple[Tensor, Any, dict]:
+        """Forward pass of a validation batch, under autocast."""
+        stopper.interrupt()
+        model.eval()
+        if hasattr(criterion, "collect_routing"):
+            criterion.collect_routing = False
+        with torch.no_grad(), self._autocast(sample):
+            return criterion(model, sample)
+
+    def reduce_metrics(self, logging_outputs: list[dict], criterion: Any) -> None:
+        """Log speed, size and losses; the loss of a skipped update stays out of the averages."""
+        tokens = sum(log["ntokens"] for log in logging_outputs)
+        metrics.log_scalar("wpb", tokens, priority=180, round=1)
+        metrics.log_speed("wps", tokens, priority=90, round=1)
+        sentences = sum(log["nsentences"] for log in logging_outputs)
+        metrics.log_scalar("bsz", sentences, priority=190, round=1)
+        if self.guard.skipped:
+            metrics.log_scalar("skipped_updates", self.guard.skipped, weight=0, priority=520)
+        criterion.__class__.reduce_metrics(logging_outputs)
+
+    # Decoding
+
+    def build_generator(
+        self, models: Any, args: Any, seq_gen_cls: Any = None, extra_gen_cls_kwargs: Any = None, **kwargs: Any
+    ) -> Any:
+        """fairseq's generator, told never to produce a language tag."""
+        tags = [word for word in self.dictionary.symbols if word.startswith("__") and word.endswith("__")]
+        extra = dict(extra_gen_cls_kwargs or {})
+        if seq_gen_cls is None and not getattr(args, "score_reference", False):
+            extra.setdefault("tokens_to_suppress", tags)
+        return super().build_generator(models, args, seq_gen_cls, extra, **kwargs)
+
+    def inference_step(
+        self, generator: Any, models: Any, sample: dict, prefix_tokens: Any = None, constraints: Any = None
+    ) -> Any:
+        """Decode a batch of one direction: every hypothesis starts from the target tag, which is not searched."""
+        self._one_direction()
+        words = {"prefix_tokens": prefix_tokens, "constraints": constraints}
+        with torch.no_grad(), self._autocast(sample):
+            if not hasattr(generator, "beam_size"):  # --score-reference: nothing is searched
+                return generator.generate(models, sample, **words)
+            tag = self.dictionary.index(f"__{self.directions[0].split('-')[1]}__")
+            return generator.generate(models, sample, bos_token=tag, **words)
+
+    # Parts
+
+    def _side(self, prefix: Path) -> Side:
+        if prefix not in self._sides:
+            self._sides[prefix] = read_side(prefix)
+        return self._sides[prefix]
+
+    def _direction(self, name: str, source: Side, target: Side | None) -> Direction:
+        tags = [self.dictionary.index(f"__{language}__") for language in name.split("-")]
+        encoder_tag = tags[0] if self.cfg.encoder_langtok == "src" else tags[1]
+        return Direction(name, source, target, encoder_tag, tags[1], self.directions.index(name))
+
+    def _one_direction(self) -> None:
+        if len(self.directions) != 1:
+            raise ConfigError("decoding needs one direction: give --source-lang and --target-lang, such as -s en -t de")
+
+    def _copies(self, update_num: int, micro: int) -> bool:
+        """Whether this micro-batch is a copying exercise; a function of (seed, update, micro-batch, process)."""
+        warmup, length = self.cfg.identity_warmup, max(self.cfg.identity_warmup_updates, 1)
+        probability = max(self.cfg.identity_floor, warmup * (1.0 - update_num / length))
+        if probability <= 0.0:
+            return False
+        rank = self.epochs.shard_id if self.epochs is not None else 0
+        return keyed_uniform(self.cfg.seed, update_num, micro, rank) < probability
+
+    def _autocast(self, sample: dict) -> contextlib.AbstractContextManager:
+        if self.cfg.autocast == "off":
+            return contextlib.nullcontext()
+        return torch.autocast(sample["net_input"]["src_tokens"].device.type, dtype=torch.bfloat16)
+
+
+def identity_sample(sample: dict, pad: int, max_source_positions: int) -> dict:
+    """The sample with its target in the place of its source: ``[target tag] target </s>``.
+
+    Args:
+        sample: a training batch; it is not changed.
+        pad: id of padding.
+        max_source_positions: a batch whose targets do not fit into the encoder stays as it is.
+    """
+    target, previous = sample["target"], sample["net_input"]["prev_output_tokens"]
+    if target.shape[1] + 1 > max_source_positions:
+        return sample
+    source = torch.cat([previous[:, :1], target], dim=1)
+    lengths = target.ne(pad).sum(dim=1) + 1
+    return {**sample, "net_input": {**sample["net_input"], "src_tokens": source, "src_lengths": lengths}}

@@ -1,0 +1,261 @@
+"""Curriculum over directions: which of them train at which update, read from a file or derived from a finished run.
+
+A direction that over-fits after some updates should train for about that many. It joins late, at
+``max_update - k``, and then stays to the end, so the active sets are nested.
+
+Source: NLLB Team 2022, section 6.4; Elbayad et al. 2022.
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import json
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mtmoe.errors import ConfigError
+
+DEFAULT_SHARES = (1.0, 0.6, 0.4, 0.2)
+"""Shares of all updates for which the buckets of `derive` train; the shape of the released NLLB ablations."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """Directions that join training together, and stay."""
+
+    start: float
+    """First update: a whole number of updates, or a share of max_update below 1."""
+    directions: tuple[str, ...] = ()
+    """Single directions, as ``en-mk``."""
+    pairs: tuple[str, ...] = ()
+    """Both directions of a pair, in either order, as ``en-mk``."""
+    languages: tuple[str, ...] = ()
+    """Every direction from or into a language, as ``mk``."""
+
+    def __post_init__(self) -> None:
+        if not self.start >= 0 or (self.start >= 1 and self.start != int(self.start)):
+            raise ValueError(f"start={self.start} must be a share in [0, 1) or a whole number of updates")
+        if not (self.directions or self.pairs or self.languages):
+            raise ValueError(f"the phase at {self.start:g} adds nothing; name directions, pairs or languages")
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """When each direction starts: the curriculum with its shares turned into updates."""
+
+    starts: Mapping[str, int]
+    """Direction -> first update at which it trains."""
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Updates at which a phase starts, rising; the first is that of the first phase."""
+        return tuple(sorted(set(self.starts.values())))
+
+    def active(self, update: int) -> tuple[str, ...]:
+        """Directions that train at `update`, in the order of the schedule."""
+        return tuple(name for name, start in self.starts.items() if start <= update)
+
+    def next_boundary(self, update: int) -> int | None:
+        """First update after `update` at which a direction joins; None when all have."""
+        later = bisect.bisect_right(self.boundaries, update)
+        return self.boundaries[later] if later < len(self.boundaries) else None
+
+
+def load(path: str | os.PathLike[str]) -> list[Phase]:
+    """Read phases from a YAML file: a list of ``{start, directions | pairs | languages}``.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, or a phase is wrong; the text names file and phase.
+    """
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"curriculum {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"curriculum {path} is not valid YAML: {error}") from error
+    if isinstance(document, dict) and set(document) == {"phases"}:
+        document = document["phases"]
+    if not isinstance(document, list) or not document:
+        raise ConfigError(f"curriculum {path} must be a list of phases, such as: [{{start: 0.5, languages: [mk]}}]")
+    return [_phase(entry, f"curriculum {path}, phase {number}") for number, entry in enumerate(document, start=1)]
+
+
+def dump(schedule: Schedule) -> str:
+    """The schedule as a curriculum file: a phase for each boundary."""
+    phases = [
+        {"start": boundary, "directions": [name for name, start in schedule.starts.items() if start == boundary]}
+        for boundary in schedule.boundaries
+    ]
+    return yaml.safe_dump(phases, sort_keys=False, default_flow_style=None, width=120)
+
+
+def resolve(phases: Iterable[Phase], directions: Sequence[str], max_update: int = 0) -> Schedule:
+    """Turn phases into the first update of each direction.
+
+    A direction that several phases name starts with the first of them. One that no phase names starts at update 0,
+    unless a phase at 0 says what starts there: then leaving it out is taken for an oversight.
+
+    Args:
+        phases: in any order.
+        directions: all directions of the run.
+        max_update: total updates of the run; needed where a start is a share.
+
+    Raises:
+        ConfigError: a phase names what is not in the run, a share has no max_update to refer to, a phase starts after
+            the end, or nothing would train at update 0.
+    """
+    starts: dict[str, int] = {}
+    explicit_first = False
+    for phase in phases:
+        start = _first_update(phase.start, max_update)
+        explicit_first |= start == 0
+        for name in _named(phase, directions):
+            starts[name] = min(start, starts.get(name, start))
+    unnamed = [name for name in directions if name not in starts]
+    if unnamed and explicit_first:
+        raise ConfigError(
+            f"the curriculum has a phase at 0, but no phase names {', '.join(unnamed)}; "
+            "add them to a phase, or leave out the phase at 0 so that the rest starts there"
+        )
+    starts |= dict.fromkeys(unnamed, 0)
+    if directions and min(starts.values()) > 0:
+        raise ConfigError(f"nothing would train before update {min(starts.values())}; let a phase start at 0")
+    return Schedule({name: starts[name] for name in directions})
+
+
+def derive(
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    max_update: int,
+    *,
+    shares: Sequence[float] = DEFAULT_SHARES,
+    fit: str = "share",
+) -> Schedule:
+    """Derive a curriculum from a finished run without one, with the same regularisation.
+
+    The best step of a direction is where its validation loss is lowest; of equal ones, the latest. It falls into the
+    shortest bucket that still trains it that long, and bucket i is introduced at ``max_update - k_i``.
+
+    Args:
+        curves: direction -> (update, validation loss) pairs.
+        max_update: total updates of the run to plan.
+        shares: lengths of the buckets as shares of `max_update`; the longest must be 1.
+        fit: "share": ``k_i = share_i * max_update``; "median": the median best step of the bucket's directions.
+
+    Raises:
+        ConfigError: a direction has no curve, or shares and fit make no sense.
+    """
+    if fit not in ("share", "median"):
+        raise ConfigError(f"fit={fit!r} is unknown; choose one of: share, median")
+    if not shares or max(shares) != 1.0 or min(shares) <= 0.0:
+        raise ConfigError(f"shares {tuple(shares)} must lie in (0, 1] and hold 1.0, for what trains from the start")
+    empty = [name for name, curve in curves.items() if not curve]
+    if empty or not curves:
+        raise ConfigError(f"no validation losses of {', '.join(empty) or 'any direction'}; validate more often")
+    best = {name: best_step(curve) for name, curve in curves.items()}
+    share_of = {name: min((s for s in shares if s * max_update >= step), default=1.0) for name, step in best.items()}
+    starts = {}
+    for name, share in share_of.items():
+        length = share * max_update
+        if fit == "median" and share < 1.0:
+            length = statistics.median(best[other] for other, its in share_of.items() if its == share)
+        starts[name] = max_update - round(length)
+    if min(starts.values()) > 0:  # every direction over-fits: the largest bucket still has to train from the start
+        first = min(starts.values())
+        starts = {name: 0 if start == first else start for name, start in starts.items()}
+    return Schedule(starts)
+
+
+def best_step(curve: Sequence[tuple[int, float]]) -> int:
+    """Update at which a validation curve is lowest; of equal ones, the latest."""
+    return min(curve, key=lambda point: (point[1], -point[0]))[0]
+
+
+def read_curves(log: str | os.PathLike[str], metric: str = "nll_loss") -> dict[str, list[tuple[int, float]]]:
+    """Read the validation curves by direction from a run's ``log.jsonl``.
+
+    Args:
+        log: one JSON object a line; those with ``"kind": "valid"`` count.
+        metric: keys ``{metric}_{direction}`` are read.
+
+    Raises:
+        ConfigError: the file is missing, or a line is no JSON.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {}
+    try:
+        lines = Path(log).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"log {log} cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"log {log}, line {number} is no JSON: {error}") from error
+        if record.get("kind") != "valid":
+            continue
+        for key, value in record.items():
+            name = key.removeprefix(f"{metric}_")
+            if name != key and "-" in name:
+                curves.setdefault(name, []).append((int(record["num_updates"]), float(value)))
+    return curves
+
+
+def _phase(entry: Any, where: str) -> Phase:
+    known = ("start", "directions", "pairs", "languages")
+    if not isinstance(entry, dict) or "start" not in entry:
+        raise ConfigError(f"{where}: {entry!r} must be a mapping with start, and directions, pairs or languages")
+    unknown = sorted(str(key) for key in set(entry) - set(known))
+    if unknown:
+        raise ConfigError(f"{where}: unknown key {', '.join(unknown)}; choose from: {', '.join(known)}")
+    start = entry["start"]
+    if isinstance(start, bool) or not isinstance(start, int | float):
+        raise ConfigError(f"{where}: start={start!r} must be a number of updates, or a share below 1")
+    names: dict[str, tuple[str, ...]] = {}
+    for key in known[1:]:
+        value = entry.get(key) or []
+        # `no` is Norwegian to us and false to YAML 1.1; it has to be quoted, and we have to say so.
+        wrong = [item for item in value if not isinstance(item, str)] if isinstance(value, list) else [value]
+        if wrong:
+            raise ConfigError(f"{where}: {key} must be a list of text, not {wrong[0]!r} (put codes such as 'no' in quotes)")
+        names[key] = tuple(value)
+    try:
+        return Phase(start=start, **names)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _first_update(start: float, max_update: int) -> int:
+    if 0 < start < 1:
+        if max_update <= 0:
+            raise ConfigError(f"start={start} is a share of max_update, which is not set; give --max-update or an update number")
+        return round(start * max_update)
+    if max_update > 0 and start >= max_update:
+        raise ConfigError(f"a phase starts at update {start:g}, but the run ends at {max_update}")
+    return int(start)
+
+
+def _named(phase: Phase, directions: Sequence[str]) -> list[str]:
+    """The directions that a phase adds; a name that matches none is an error with the closest matches."""
+    found: list[str] = []
+    for name in phase.directions:
+        found += _matching(name, [d for d in directions if d == name], directions)
+    for pair in phase.pairs:
+        both = {pair, "-".join(reversed(pair.split("-")))}
+        found += _matching(pair, [d for d in directions if d in both], directions)
+    for language in phase.languages:
+        matches = [d for d in directions if language in d.split("-")]
+        found += _matching(language, matches, sorted({code for d in directions for code in d.split("-")}))
+    return list(dict.fromkeys(found))
+
+
+def _matching(name: str, matches: list[str], known: Sequence[str]) -> list[str]:
+    if not matches:
+        close = difflib.get_close_matches(name, known, n=3) or sorted(known)[:10]
+        raise ConfigError(f"the curriculum names {name!r}, which is not in this run; did you mean: {', '.join(close)}?")
+    return matches

@@ -1,0 +1,91 @@
+"""A toy data folder in the layout of `mtmoe prepare`, and fairseq's commands as subprocesses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LANGUAGES = ("de", "en", "fr")
+DIRECTIONS = ("de-en", "en-de", "en-fr", "fr-en")
+WORDS = 40
+
+
+def write_toy_data(folder: Path, sizes: dict[str, int] | None = None) -> Path:
+    """Three languages that are shifts of each other's words: learnable, and tiny."""
+    from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
+
+    import torch
+
+    sizes = sizes or {"de-en": 300, "en-fr": 60}
+    (folder / "bin").mkdir(parents=True)
+    pieces = [f"▁w{i}" for i in range(WORDS)] + [f"__{code}__" for code in LANGUAGES]
+    (folder / "dict.txt").write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
+    (folder / "languages.json").write_text(json.dumps({"languages": LANGUAGES, "directions": DIRECTIONS}))
+    generator = np.random.default_rng(1)
+    for pair, train in sizes.items():
+        a, b = pair.split("-")
+        for split, count in (("train", train), ("valid", 24), ("test", 6)):
+            lengths = generator.integers(2, 14, count)
+            words = [generator.integers(0, WORDS, n) for n in lengths]
+            for code in (a, b):
+                shift = LANGUAGES.index(code)
+                prefix = folder / "bin" / f"{split}.{pair}.{code}"
+                builder = MMapIndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+                for sentence in words:
+                    extra = sentence[: len(sentence) // 4] if code == "de" else sentence[:0]  # German is longer
+                    ids = (np.concatenate([sentence, extra]) + shift) % WORDS + 4
+                    builder.add_item(torch.tensor([*ids.tolist(), 2]))
+                builder.finalize(f"{prefix}.idx")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory) -> Path:
+    return write_toy_data(tmp_path_factory.mktemp("toy") / "data")
+
+
+MODEL = (
+    "--arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 --decoder-embed-dim 16 "
+    "--encoder-ffn-embed-dim 32 --decoder-ffn-embed-dim 32 --encoder-attention-heads 2 --decoder-attention-heads 2 "
+    "--share-all-embeddings --encoder-normalize-before --decoder-normalize-before --dropout 0.1"
+).split()
+TRAIN = (
+    "--task mtmoe_translation --criterion mtmoe_label_smoothed_cross_entropy --label-smoothing 0.1 "
+    "--optimizer mtmoe_adamw --lr 0.003 --lr-scheduler polynomial_decay --total-num-update 100 --clip-norm 1.0 --max-tokens 256 "
+    "--log-format json --log-interval 1 --seed 3 --cpu --num-workers 0 --no-epoch-checkpoints"
+).split()
+
+
+def command(name: str, *arguments: object) -> list[str]:
+    """A fairseq command of this interpreter's environment."""
+    return [str(Path(sys.executable).with_name(name)), *map(str, arguments)]
+
+
+def train_command(data: Path, save: Path, *arguments: object) -> list[str]:
+    words = [data, "--user-dir", ROOT / "fairseq_plugins", "--save-dir", save, *TRAIN, *MODEL, *arguments]
+    return command("fairseq-train", *words)
+
+
+def run(words: list[str], check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **kwargs.pop("env", {})}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120, **kwargs)
+    if check and done.returncode:
+        raise AssertionError(f"exit {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def losses(output: str) -> dict[int, str]:
+    """Update -> the loss that fairseq printed for it, digit by digit."""
+    found = {}
+    for line in output.splitlines():
+        if "| train_inner |" in line:
+            record = json.loads(line.split("| train_inner |")[1])
+            found[int(record["num_updates"])] = f"{record['loss']} {record['nll_loss']} {record.get('gnorm')}"
+    return found
