@@ -16,7 +16,8 @@ def load_balance_loss(gate_probs: Tensor, expert_index: Tensor) -> Tensor:
 
     Args:
         gate_probs: (tokens, num_experts) fp32, each row sums to 1.
-        expert_index: (tokens, top_k) int64, best choice first; only the first counts, before capacity.
+        expert_index: (tokens, top_k) int64, best choice first; only the first counts, before capacity. -1 chooses no
+            expert, but the token counts in both means.
 
     Returns:
         () fp32, without unit: a mean over tokens, not yet weighted.
@@ -29,7 +30,8 @@ def load_balance_loss(gate_probs: Tensor, expert_index: Tensor) -> Tensor:
     tokens, num_experts = gate_probs.shape
     if tokens == 0:
         raise ValueError("load_balance_loss needs at least one token, got none; skip the loss for an empty batch")
-    share = torch.bincount(expert_index[:, 0], minlength=num_experts).to(gate_probs.dtype) / tokens
+    first_choices = torch.bincount(expert_index[:, 0] + 1, minlength=num_experts + 1)[1:]
+    share = first_choices.to(gate_probs.dtype) / tokens
     return num_experts * torch.dot(share, gate_probs.mean(dim=0))
 
 

@@ -90,19 +90,16 @@ class TopKGate(nn.Module):
     def _losses(
         self, gate_logits: Tensor, gate_probs: Tensor, expert_index: Tensor, real: Tensor | None
     ) -> dict[str, Tensor]:
-        if real is None:
-            counted = real_logits = None
-        else:
-            real_logits = gate_logits[real]
-            counted = None if self.config.load_balance_include_padding else real
-        nothing = len(gate_logits) == 0 or (real_logits is not None and len(real_logits) == 0)
-        if nothing:
+        real_logits = gate_logits if real is None else gate_logits[real]
+        if len(real_logits) == 0:
             zero = gate_logits.sum() * 0  # 0 with a gradient path, so that callers need no special case
             return {"load_balance": zero, "router_z": zero}
+        if real is not None and self.config.load_balance_include_padding:
+            # As in NLLB's release: padding is in the mean probability, and has chosen nothing.
+            expert_index = expert_index.masked_fill(~real[:, None], -1)
+        elif real is not None:
+            gate_probs, expert_index = gate_probs[real], expert_index[real]
         return {
-            "load_balance": load_balance_loss(
-                gate_probs if counted is None else gate_probs[counted],
-                expert_index if counted is None else expert_index[counted],
-            ),
-            "router_z": router_z_loss(gate_logits if real_logits is None else real_logits),
+            "load_balance": load_balance_loss(gate_probs, expert_index),
+            "router_z": router_z_loss(real_logits),
         }
