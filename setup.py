@@ -14,6 +14,7 @@ DEV = [
     "pytest>=8",
     "pytest-cov>=5",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.5",
     "ruff>=0.5",
     "types-PyYAML",
     "types-tqdm",

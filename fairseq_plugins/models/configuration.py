@@ -62,7 +62,8 @@ def is_moe_layer(index: int, freq: int) -> bool:
 
 def moe_freq(cfg: Any, side: str) -> int:
     """The frequency of MoE layers on a side, ``encoder`` or ``decoder``."""
-    own = getattr(cfg, f"{side}_moe_freq")
+    # fairseq's TransformerConfig sends what is set as encoder_x to its part encoder as x.
+    own = getattr(cfg, side).moe_freq
     return int(cfg.moe_freq if own < 0 else own)
 
 
