@@ -1,0 +1,48 @@
+"""Find and read a model by its path, whatever its format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mtmoe.checkpoint import fairseq, folder
+from mtmoe.checkpoint.stored import StoredModel
+from mtmoe.errors import CheckpointError
+
+RUN_CHECKPOINTS = ("checkpoints/checkpoint_best.pt", "checkpoints/checkpoint_last.pt")
+"""What stands for a run folder, the first that exists."""
+
+
+def locate_model(path: Path) -> Path:
+    """The model folder or checkpoint file that `path` means.
+
+    Args:
+        path: a model folder, a fairseq checkpoint, or the folder of a training run, whose best checkpoint (else its
+            last) is taken.
+
+    Raises:
+        CheckpointError: there is nothing, or nothing of the kind.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a model folder, a checkpoint (.pt) or the folder of a run")
+    if path.is_file() or folder.is_model_folder(path):
+        return path
+    for name in RUN_CHECKPOINTS:
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(
+        f"{path} is neither a model folder ({', '.join(folder.FILES)}) nor a run with {' or '.join(RUN_CHECKPOINTS)}"
+    )
+
+
+def open_model(path: Path, data: Path | None = None) -> StoredModel:
+    """Read a model of any format.
+
+    Args:
+        path: as `locate_model` takes it.
+        data: folder of prepared data, for a checkpoint that lies apart from it.
+
+    Raises:
+        CheckpointError: nothing there, damaged, unsafe or unsupported.
+    """
+    found = locate_model(path)
+    return folder.read_folder(found) if found.is_dir() else fairseq.read_model(found, data)
