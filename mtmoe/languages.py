@@ -1,7 +1,7 @@
 """Languages: one short code for each, from and to BCP-47, ISO 639-3 and FLORES-200, with names and scripts.
 
 The code used everywhere in mtmoe is BCP-47 with ``_`` for ``-``, the two-letter language where there is one and no
-script where it is the usual one: ``de``, ``ceb``, ``zh`` (simplified) and ``zh_Hant``, ``sr`` (Cyrillic) and ``sr_Latn``.
+script where it is the usual one: ``de``, ``zh`` (simplified) and ``zh_Hant``, ``sr`` (Cyrillic) and ``sr_Latn``.
 The table is ``languages.tsv`` beside this file: all of FLORES-200, and what the recipes need besides.
 """
 
