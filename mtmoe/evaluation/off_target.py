@@ -88,7 +88,7 @@ class LanguageChecker:
         self.languages = sorted(set(codes))
         self._label = {code: IDENTIFIER_LABELS.get(base_language(code), base_language(code)) for code in self.languages}
         self._script = {code: languages.script(code) for code in self.languages}
-        self._identifier = _load_identifier(self._label.values())
+        self._identifier = _load_identifier(frozenset(self._label.values()))
         self._known = set(self._identifier.nb_classes) if self._identifier else set()
 
     @property
@@ -151,7 +151,8 @@ class LanguageChecker:
         return any(parts & set(_script_parts(self._script[code])) for code in self.languages if code != target)
 
 
-def _load_identifier(labels: Iterable[str]) -> Any:
+@cache  # reading its model takes half a second
+def _load_identifier(labels: frozenset[str]) -> Any:
     """py3langid restricted to `labels`, or None where it cannot help."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
@@ -159,7 +160,7 @@ def _load_identifier(labels: Iterable[str]) -> Any:
         logger.warning("py3langid is not installed, so off-target output is found by its script only")
         return None
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    known = set(labels) & set(identifier.nb_classes)
+    known = labels & set(identifier.nb_classes)
     if len(known) < 2:  # with one class every text gets probability 1
         return None
     identifier.set_languages(known)
