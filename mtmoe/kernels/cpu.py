@@ -41,7 +41,9 @@ def _sum_choices(grouped: Tensor, plan: DispatchPlan, weight: Tensor | None) -> 
     slot = plan.slot
     if not plan.complete:
         missing = slot < 0
-        slot = slot.clamp(min=0)
+        own = slot.amax(dim=1, keepdim=True)  # (tokens, 1): some row of the token, -1 if it goes nowhere
+        # A missing choice reads a row of its own token, times 0: another token's may be infinite, and 0 x inf is NaN.
+        slot = torch.where(missing, own.clamp(min=0), slot)
         weight = torch.ones(slot.shape, dtype=dtype) if weight is None else weight
         weight = weight.masked_fill(missing, 0)
     total = None
@@ -53,6 +55,8 @@ def _sum_choices(grouped: Tensor, plan: DispatchPlan, weight: Tensor | None) -> 
             column = weight[:, choice, None]
             total = rows * column if total is None else total.addcmul_(rows.to(dtype), column)
     assert total is not None  # top_k is at least 1
+    if not plan.complete:
+        total.index_fill_(0, (own[:, 0] < 0).nonzero()[:, 0], 0)
     return total
 
 

@@ -47,6 +47,8 @@ def keep_mask(shape: torch.Size | tuple[int, ...], dropped_levels: int) -> Tenso
     for size in shape:
         elements *= size
     words = torch.empty((elements + 3) // 4, dtype=torch.int64).random_(-(1 << 63), None)
+    if dropped_levels == _LEVELS:  # past the largest int16, so that a comparison with it would wrap around
+        return torch.zeros(shape, dtype=torch.bool)
     return (words.view(torch.int16)[:elements] >= dropped_levels - _LEVELS // 2).view(shape)
 
 
