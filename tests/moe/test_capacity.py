@@ -158,7 +158,9 @@ def test_weights_sum_to_one_or_nothing_after_dropping(routing, factor):  # T2
     if top_k == 1:
         return
     seated = limit(
-        decision_of(expert_index, num_experts), config(num_experts=num_experts, top_k=top_k, capacity_factor=factor), True
+        decision_of(expert_index, num_experts),
+        config(num_experts=num_experts, top_k=top_k, capacity_factor=factor),
+        True,
     )
     total = seated.weight.sum(dim=-1)
     expected = (seated.expert_index >= 0).any(dim=-1).float()
@@ -172,8 +174,6 @@ def test_weights_normalised_before_dropping_stay():  # T2
     share = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.9, 0.1], [0.8, 0.2]])
     decision = dataclasses.replace(decision_of(expert_index, 4), weight=share)
     seated = limit(decision, before, training=True)
-    assert seated.weight.tolist() == [
-        pytest.approx(row) for row in ([0.7, 0.3], [0.0, 0.4], [0.0, 0.0], [0.8, 0.0])
-    ]
+    assert seated.weight.tolist() == [pytest.approx(row) for row in ([0.7, 0.3], [0.0, 0.4], [0.0, 0.0], [0.8, 0.0])]
     assert seated.expert_index.tolist() == [[0, 1], [-1, 2], [-1, -1], [3, -1]]
     assert torch.equal(decision.expert_index, expert_index)  # the gate's own decision is left alone

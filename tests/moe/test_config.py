@@ -29,7 +29,10 @@ SIZES = {"d_model": 4, "d_ffn": 8}
         ({"init_scale": -1.0}, "init_scale=-1.0 must not be negative"),
         ({"cmr_d_ffn": -1}, "cmr_d_ffn=-1 must not be negative"),
         ({"eval_capacity_token_fraction": 1.2}, "eval_capacity_token_fraction=1.2 must be between 0 and 1"),
-        ({"second_expert_policy": "any"}, "second_expert_policy='any' must be one of: all, sampling, random, threshold"),
+        (
+            {"second_expert_policy": "any"},
+            "second_expert_policy='any' must be one of: all, sampling, random, threshold",
+        ),
         ({"normalize_weights": "yes"}, "normalize_weights='yes' must be one of: after_drop, before_drop, none"),
         ({"masking_scale": "train"}, "masking_scale='train' must be one of: eval, inverted"),
         ({"cmr_gate_drop_mode": "x"}, "cmr_gate_drop_mode='x' must be one of: inverted, mask"),

@@ -45,7 +45,9 @@ def test_dropout_is_on_each_experts_output(top, expected):
     assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / (6 * tokens))
 
 
-@pytest.mark.parametrize("rates", [{"dropout": 0.3}, {"activation_dropout": 0.3}, {"dropout": 0.2, "activation_dropout": 0.2}])
+@pytest.mark.parametrize(
+    "rates", [{"dropout": 0.3}, {"activation_dropout": 0.3}, {"dropout": 0.2, "activation_dropout": 0.2}]
+)
 def test_dropout_keeps_the_expectation(rates):
     case = make_case(small(**rates), 1)
     torch.manual_seed(0)

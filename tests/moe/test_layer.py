@@ -1,6 +1,7 @@
 """The whole layer against the slow one, and what must hold for any gate and layer."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,7 +77,9 @@ def test_bf16_agrees_with_loop_over_tokens(case, training, autocast):
 def test_odd_batches(tokens, padding, crowd, options, cmr, dtype):
     case = make_case(small(cmr=cmr, **options), tokens, padding, crowd, seed=3)
     expected = run_reference(case, training=True)
-    assert_all_close(run_layer(case, dtype, training=True), expected, dtype, BF16_UNITS if dtype == torch.bfloat16 else None)
+    assert_all_close(
+        run_layer(case, dtype, training=True), expected, dtype, BF16_UNITS if dtype == torch.bfloat16 else None
+    )
 
 
 def test_overflow_really_happens_in_the_odd_batches():
@@ -198,8 +201,6 @@ def test_gradcheck(options):  # U7
 
 def unlimited(case) -> MoELayer:
     """The case's layer with room for everybody, in evaluation."""
-    from dataclasses import replace
-
     config = replace(case.config, capacity_factor=0.0, eval_capacity_factor=0.0, eval_capacity_token_fraction=0.0)
     config = replace(config, load_balance_include_padding=False)
     layer = MoELayer(config).double().eval()
@@ -301,7 +302,7 @@ def test_top_1_gate_learns_through_its_probability():  # 3.1
     assert_close(decision.weight[:, 0], decision.gate_probs.amax(dim=-1), torch.float64)
 
 
-def test_a_token_with_one_expert_left_gives_the_gate_nothing():  # 1.2, pitfall: after_drop makes its weight the constant 1
+def test_a_token_with_one_expert_left_gives_the_gate_nothing():  # after_drop makes its weight the constant 1
     case = make_case(small(second_expert_policy="threshold", second_expert_threshold=1.0), 9)
     grad = torch.autograd.grad((case.layer(case.x).y * case.direction).sum(), case.layer.gate.weight)[0]
     assert_close(grad, torch.zeros_like(grad), torch.float64)

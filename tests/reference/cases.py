@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
-from reference import moe as reference
-from reference.compare import gradients
 from torch import Tensor
 
 from mtmoe.moe import MoEConfig, MoELayer
+from reference import moe as reference
+from reference.compare import gradients
 
 PADDINGS = ("none", "random", "right", "all")
 CROWDS = ("spread", "one_expert", "two_groups")

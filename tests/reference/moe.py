@@ -1,7 +1,7 @@
 """The MoE layer as the papers write it: a loop over tokens, and GShard's einsum over (tokens, experts, capacity).
 
-Written from the description of the methods, not from `mtmoe.moe`; gradients come from autograd. Everything is as wide as
-its inputs: give fp64 for a yardstick. Random choices are not made here, they come in as arguments.
+Written from the description of the methods, not from `mtmoe.moe`; gradients come from autograd. Everything is as wide
+as its inputs: give fp64 for a yardstick. Random choices are not made here, they come in as arguments.
 """
 
 from __future__ import annotations
@@ -158,7 +158,11 @@ def best_experts_of_all(probs: Tensor, padding: list[bool]) -> list[int | None]:
 
 
 def combine_by_loop(
-    parameters: dict[str, Tensor], x: Tensor, kept: list[list[int | None]], weights: list[list[Tensor]], config: MoEConfig
+    parameters: dict[str, Tensor],
+    x: Tensor,
+    kept: list[list[int | None]],
+    weights: list[list[Tensor]],
+    config: MoEConfig,
 ) -> Tensor:
     """``y[t] += w * FFN_e(x[t])`` for each token and each expert that kept it."""
     rows = []
@@ -172,7 +176,11 @@ def combine_by_loop(
 
 
 def combine_by_einsum(
-    parameters: dict[str, Tensor], x: Tensor, kept: list[list[int | None]], weights: list[list[Tensor]], config: MoEConfig
+    parameters: dict[str, Tensor],
+    x: Tensor,
+    kept: list[list[int | None]],
+    weights: list[list[Tensor]],
+    config: MoEConfig,
 ) -> Tensor:
     """GShard's form: ``X_e = D^T x``, the experts on (experts, capacity, d_model), ``y = W · X_e``."""
     tokens = len(x)
@@ -190,7 +198,10 @@ def combine_by_einsum(
     dispatch_sec = (weight_sec != 0).to(x.dtype)
     x_ecm = torch.einsum("sec,sm->ecm", dispatch_sec, x)
     y_ecm = torch.stack(
-        [feed_forward(x_ecm[number], *expert(parameters, number), config.activation) for number in range(config.num_experts)]
+        [
+            feed_forward(x_ecm[number], *expert(parameters, number), config.activation)
+            for number in range(config.num_experts)
+        ]
     )
     return torch.einsum("sec,ecm->sm", weight_sec, y_ecm)
 
@@ -200,7 +211,9 @@ def conditional(
 ) -> tuple[Tensor, Tensor]:
     """CMR without gate dropout: the mixed output, and the sum of the gates over real tokens."""
     rows, total = [], x.sum() * 0
-    shared_weights = [parameters[f"conditional.shared.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")]
+    shared_weights = [
+        parameters[f"conditional.shared.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    ]
     for token in range(len(x)):
         if padding[token]:
             rows.append(x[token] * 0)
@@ -214,7 +227,7 @@ def conditional(
 
 
 def load_balance(probs: Tensor, firsts: list[int | None], padding: list[bool], include_padding: bool) -> Tensor:
-    """``E * sum_e f_e P_e``. With padding (NLLB's release): both means are over all tokens, but padding chooses nothing."""
+    """``E * sum_e f_e P_e``; with padding (NLLB's release) both means are over all tokens, but padding chooses none."""
     counted = [token for token in range(len(probs)) if include_padding or not padding[token]]
     if all(padding):
         return probs.sum() * 0
@@ -263,7 +276,11 @@ def count(
 
 
 def local_buffers(
-    parameters: dict[str, Tensor], x: Tensor, kept: list[list[int | None]], weights: list[list[Tensor]], config: MoEConfig
+    parameters: dict[str, Tensor],
+    x: Tensor,
+    kept: list[list[int | None]],
+    weights: list[list[Tensor]],
+    config: MoEConfig,
 ) -> Tensor:
     """Gating dropout as on a real machine: each rank fills its (experts, capacity, d_model) buffer, and keeps it.
 

@@ -9,6 +9,7 @@ from reference.cases import cases
 from reference.compare import assert_close
 
 from mtmoe.moe import MoEConfig, MoELayer
+from mtmoe.moe.capacity import limit
 from mtmoe.moe.gates import TopKGate
 
 
@@ -52,8 +53,6 @@ def test_weight_of_the_best_of_two_is_a_sigmoid(normalize):  # T1
     layer = MoELayer(MoEConfig(d_model=6, d_ffn=4, num_experts=5, normalize_weights=normalize)).double()
     x = torch.randn(50, 6, dtype=torch.float64)
     best = (x @ layer.gate.weight.T).topk(2).values
-    from mtmoe.moe.capacity import limit
-
     decision = limit(layer.gate(x), layer.config, training=True)
     assert_close(decision.weight[:, 0], torch.sigmoid(best[:, 0] - best[:, 1]), torch.float64)
 
