@@ -44,8 +44,8 @@ class MtmoeCriterionConfig(FairseqDataclass):
 class MtmoeLabelSmoothedCrossEntropy(FairseqCriterion):
     """``LS-NLL + tokens * (w_lb * sum of load balance + w_z * sum of router z + w_cmr * budget loss)``.
 
-    A model says what its routing did in ``net_output[1]["routing"]``: (layer name, `mtmoe.moe.MoEOutput`) pairs; a dense
-    one has none, and its loss and logs are those of fairseq's ``label_smoothed_cross_entropy``. In validation the
+    A model says what its routing did in ``net_output[1]["routing"]``: (layer name, `mtmoe.moe.MoEOutput`) pairs; a
+    dense one has none, and its loss and logs are those of fairseq's ``label_smoothed_cross_entropy``. In validation the
     auxiliary losses are logged but not added, so that losses of different models compare.
     """
 
@@ -65,7 +65,7 @@ class MtmoeLabelSmoothedCrossEntropy(FairseqCriterion):
             zip(AUXILIARY, (load_balance_loss_weight, router_z_loss_weight, cmr_loss_weight), strict=True)
         )
         self.collect_routing = True
-        """Whether the next forward pass gathers entropy and load of each layer; the task sets it where they are logged."""
+        """Whether the next forward pass gathers entropy and load of each layer; the task sets it where they are shown."""
 
     def forward(self, model: Any, sample: dict, reduce: bool = True) -> tuple[Tensor, int, dict[str, Any]]:
         """Compute the loss of a sample.
@@ -218,6 +218,7 @@ def _sums(logging_outputs: Iterable[dict[str, Any]]) -> dict[str, float]:
             else:
                 total[name] = total.get(name, 0.0) + value
     if tensors:
-        for (name, _), number in zip(tensors, torch.stack([value.double() for _, value in tensors]).tolist(), strict=True):
+        numbers = torch.stack([value.double() for _, value in tensors]).tolist()
+        for (name, _), number in zip(tensors, numbers, strict=True):
             total[name] = total.get(name, 0.0) + number
     return total

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, List  # noqa: UP035 - fairseq reads the types of options in this form only
+from typing import Any
 
 import torch
 from fairseq.dataclass import FairseqDataclass
@@ -19,7 +19,7 @@ class MtmoeAdamWConfig(FairseqDataclass):
     adam_betas: str = field(default="(0.9, 0.98)", metadata={"help": "decay of the two moments"})
     adam_eps: float = field(default=1e-6, metadata={"help": "added to the root of the second moment"})
     weight_decay: float = field(default=0.0, metadata={"help": "decoupled weight decay"})
-    lr: List[float] = II("optimization.lr")  # type: ignore[assignment]
+    lr: list[float] = II("optimization.lr")  # type: ignore[assignment]
 
 
 @register_optimizer("mtmoe_adamw", dataclass=MtmoeAdamWConfig)

@@ -151,7 +151,7 @@ class TrainingEpochs(EpochBatchIterating):
         return current.n if current is not None else 0
 
     def next_epoch_itr(self, *_: Any, **__: Any) -> CountingIterator:
-        """Begin the next epoch, or go on with a restored one. Always shuffled: the key is the epoch's, not fairseq's."""
+        """Begin the next epoch, or go on with a restored one; always shuffled, whatever fairseq wishes."""
         self.epoch = self.next_epoch_idx
         if self._restored is not None:
             self._current, self._restored = self._restored, None

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, List, Optional  # noqa: UP035 - fairseq reads the types of options in this form only
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class MtmoeTranslationConfig(FairseqDataclass):
         default="off", metadata={"help": "number format of matrix products; unlike --bf16 it works on CPUs"}
     )
     identity_warmup: float = field(
-        default=0.0, metadata={"help": "probability at update 0 that a batch copies its target: teaches cross-attention"}
+        default=0.0, metadata={"help": "probability at update 0 that a batch copies its target, to teach attention"}
     )
     identity_warmup_updates: int = field(
         default=500, metadata={"help": "updates over which --identity-warmup falls linearly to 0"}
@@ -77,7 +77,7 @@ class MtmoeTranslationConfig(FairseqDataclass):
     seed: int = II("common.seed")
     log_interval: int = II("common.log_interval")
     max_update: int = II("optimization.max_update")
-    update_freq: List[int] = II("optimization.update_freq")  # type: ignore[assignment]
+    update_freq: list[int] = II("optimization.update_freq")  # type: ignore[assignment]
     train_subset: str = II("dataset.train_subset")
 
 
@@ -331,7 +331,7 @@ class MtmoeTranslationTask(FairseqTask):
     def build_generator(
         self, models: Any, args: Any, seq_gen_cls: Any = None, extra_gen_cls_kwargs: Any = None, **kwargs: Any
     ) -> Any:
-        """fairseq's generator, told never to produce a language tag."""
+        """Fairseq's generator, told never to produce a language tag."""
         tags = [word for word in self.dictionary.symbols if word.startswith("__") and word.endswith("__")]
         extra = dict(extra_gen_cls_kwargs or {})
         if seq_gen_cls is None and not getattr(args, "score_reference", False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from fairseq.data import FairseqDataset
-from fairseq.data.indexed_dataset import MMapIndexedDataset
+from fairseq.data.indexed_dataset import MMapIndexedDataset, _code_to_dtype
 from numpy.typing import NDArray
 
 from mtmoe.errors import DataError
@@ -50,12 +51,15 @@ def read_side(prefix: Path) -> Side:
     for suffix in (".bin", ".idx"):
         if not prefix.with_name(prefix.name + suffix).is_file():
             raise DataError(f"{prefix}{suffix} is missing; run `mtmoe prepare` again")
+    index = prefix.with_name(prefix.name + ".idx").read_bytes()
     try:
-        stored = MMapIndexedDataset(str(prefix))
-    except (AssertionError, ValueError, OSError) as error:
+        magic, version, code, sentences = struct.unpack_from("<9sQBQ", index)
+        if magic != MMapIndexedDataset.Index._HDR_MAGIC or version != 1:
+            raise ValueError("it does not begin as one of fairseq's memory-mapped data sets")
+        dtype = np.dtype(_code_to_dtype[code])
+        lengths = np.frombuffer(index, np.int32, sentences, struct.calcsize("<9sQBQ")).astype(np.int64)
+    except (struct.error, ValueError, KeyError) as error:
         raise DataError(f"{prefix}.idx is damaged ({error}); run `mtmoe prepare` again") from error
-    lengths = np.array(stored.sizes, dtype=np.int64)
-    dtype = np.dtype(stored._index.dtype)
     path = prefix.with_name(prefix.name + ".bin")
     if path.stat().st_size != int(lengths.sum()) * dtype.itemsize:
         raise DataError(f"{path} has {path.stat().st_size} bytes, its index says {int(lengths.sum()) * dtype.itemsize}")
@@ -95,8 +99,11 @@ class ParallelDataset(FairseqDataset):
         for number, direction in enumerate(directions):
             source, target = direction.source, direction.target
             kept = _spread(len(source.lengths), limit)
-            starts = {key: at + np.cumsum(side.lengths) - side.lengths for key, (side, at) in sides.items()
-                      if side is source or side is target}
+            starts = {
+                key: at + np.cumsum(side.lengths) - side.lengths
+                for key, (side, at) in sides.items()
+                if side is source or side is target
+            }
             if target is not None and len(target.lengths) != len(source.lengths):
                 raise DataError(
                     f"{direction.name}: {len(source.lengths)} source but {len(target.lengths)} target sentences"

@@ -112,8 +112,8 @@ def make_batches(
         cuts = cut_batches(cost[order], max_tokens, max_sentences, multiple)
         starts = np.array([start for start, _ in cuts])
         sizes = np.array([end - start for start, end in cuts])
-        longest = np.maximum.reduceat(source_lengths[order], starts) + np.maximum.reduceat(target_lengths[order], starts)
-        padded = int((sizes * longest).sum())
+        longest = [np.maximum.reduceat(lengths[order], starts) for lengths in (source_lengths, target_lengths)]
+        padded = int((sizes * (longest[0] + longest[1])).sum())
         if best is None or padded < best[0]:
             best = padded, np.split(order, starts[1:])
     assert best is not None

@@ -222,7 +222,9 @@ def _phase(entry: Any, where: str) -> Phase:
         # `no` is Norwegian to us and false to YAML 1.1; it has to be quoted, and we have to say so.
         wrong = [item for item in value if not isinstance(item, str)] if isinstance(value, list) else [value]
         if wrong:
-            raise ConfigError(f"{where}: {key} must be a list of text, not {wrong[0]!r} (put codes such as 'no' in quotes)")
+            raise ConfigError(
+                f"{where}: {key} must be a list of text, not {wrong[0]!r} (put codes such as 'no' in quotes)"
+            )
         names[key] = tuple(value)
     try:
         return Phase(start=start, **names)
@@ -233,7 +235,9 @@ def _phase(entry: Any, where: str) -> Phase:
 def _first_update(start: float, max_update: int) -> int:
     if 0 < start < 1:
         if max_update <= 0:
-            raise ConfigError(f"start={start} is a share of max_update, which is not set; give --max-update or an update number")
+            raise ConfigError(
+                f"start={start} is a share of max_update, which is not set; give --max-update or an update number"
+            )
         return round(start * max_update)
     if max_update > 0 and start >= max_update:
         raise ConfigError(f"a phase starts at update {start:g}, but the run ends at {max_update}")

@@ -29,7 +29,8 @@ def temperature_probabilities(sizes: Mapping[str, int], temperature: float) -> d
         raise ValueError(f"sampling temperature {temperature} must be above 0; 1 keeps the proportions of the data")
     total = sum(sizes.values())
     if total <= 0:
-        raise ValueError(f"none of the {len(sizes)} directions has training sentences: {', '.join(sizes) or 'none given'}")
+        names = ", ".join(sizes) or "none given"
+        raise ValueError(f"none of the {len(sizes)} directions has training sentences: {names}")
     # Shares first: n ** (1 / T) of raw counts overflows for a small T.
     weights = {name: (size / total) ** (1.0 / temperature) if size > 0 else 0.0 for name, size in sizes.items()}
     norm = sum(weights.values())

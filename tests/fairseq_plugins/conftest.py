@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,8 @@ WORDS = 40
 
 def write_toy_data(folder: Path, sizes: dict[str, int] | None = None) -> Path:
     """Three languages that are shifts of each other's words: learnable, and tiny."""
-    from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
-
     import torch
+    from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 
     sizes = sizes or {"de-en": 300, "en-fr": 60}
     (folder / "bin").mkdir(parents=True)
@@ -52,15 +52,17 @@ def toy_data(tmp_path_factory) -> Path:
 
 
 MODEL = (
-    "--arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 --decoder-embed-dim 16 "
-    "--encoder-ffn-embed-dim 32 --decoder-ffn-embed-dim 32 --encoder-attention-heads 2 --decoder-attention-heads 2 "
-    "--share-all-embeddings --encoder-normalize-before --decoder-normalize-before --dropout 0.1"
-).split()
+    "--arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 --decoder-embed-dim "
+    "16 --encoder-ffn-embed-dim 32 --decoder-ffn-embed-dim 32 --encoder-attention-heads 2 --decoder- "
+    "attention-heads 2 --share-all-embeddings --encoder-normalize-before --decoder-normalize-before "
+    "--dropout 0.1"
+).split()  # noqa: SIM905
 TRAIN = (
     "--task mtmoe_translation --criterion mtmoe_label_smoothed_cross_entropy --label-smoothing 0.1 "
-    "--optimizer mtmoe_adamw --lr 0.003 --lr-scheduler polynomial_decay --total-num-update 100 --clip-norm 1.0 --max-tokens 256 "
-    "--log-format json --log-interval 1 --seed 3 --cpu --num-workers 0 --no-epoch-checkpoints"
-).split()
+    "--optimizer mtmoe_adamw --lr 0.003 --lr-scheduler polynomial_decay --total-num-update 100 --clip- "
+    "norm 1.0 --max-tokens 256 --log-format json --log-interval 1 --seed 3 --cpu --num-workers 0 --no- "
+    "epoch-checkpoints"
+).split()  # noqa: SIM905
 
 
 def command(name: str, *arguments: object) -> list[str]:
@@ -73,9 +75,13 @@ def train_command(data: Path, save: Path, *arguments: object) -> list[str]:
     return command("fairseq-train", *words)
 
 
+def environment(**changes: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **changes}
+
+
 def run(words: list[str], check: bool = True, **kwargs) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **kwargs.pop("env", {})}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120, **kwargs)
+    variables = environment(**kwargs.pop("env", {}))
+    done = subprocess.run(words, capture_output=True, text=True, env=variables, timeout=120, **kwargs)
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
     return done
@@ -89,3 +95,17 @@ def losses(output: str) -> dict[int, str]:
             record = json.loads(line.split("| train_inner |")[1])
             found[int(record["num_updates"])] = f"{record['loss']} {record['nll_loss']} {record.get('gnorm')}"
     return found
+
+
+@pytest.fixture(scope="session")
+def fairseq():
+    """The helpers above, for test modules that cannot import this file."""
+    return SimpleNamespace(
+        root=ROOT,
+        run=run,
+        environment=environment,
+        command=command,
+        train_command=train_command,
+        losses=losses,
+        write_toy_data=write_toy_data,
+    )
