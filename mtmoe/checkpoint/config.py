@@ -11,6 +11,9 @@ from mtmoe.moe import MoEConfig
 
 ACTIVATIONS = ("relu", "gelu")
 
+MOST_LAYERS = 1000
+"""More on a side is taken for a damaged file: reading it would only fill memory."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerConfig:
@@ -82,9 +85,12 @@ class TransformerConfig:
         for side in ("encoder", "decoder"):
             self._require_at_least(f"{side}_moe_freq", 0)
             heads, moe = getattr(self, f"{side}_heads"), getattr(self, f"{side}_moe")
+            layers = getattr(self, f"{side}_layers")
+            if layers > MOST_LAYERS:
+                raise ValueError(f"{side}_layers={layers} must be at most {MOST_LAYERS}")
             if self.d_model % heads:
                 raise ValueError(f"{side}_heads={heads} must divide d_model={self.d_model}")
-            if any(self.is_moe(side, layer) for layer in range(getattr(self, f"{side}_layers"))) != (moe is not None):
+            if any(self.is_moe(side, layer) for layer in range(layers)) != (moe is not None):
                 raise ValueError(f"{side}_moe must be given exactly when {side}_moe_freq makes a layer of it MoE")
             if moe is not None and moe.d_model != self.d_model:
                 raise ValueError(f"{side}_moe.d_model={moe.d_model} must be d_model={self.d_model}")

@@ -20,7 +20,14 @@ from mtmoe.moe import MoEConfig
 HARMLESS_PACKAGES = ("argparse", "fairseq", "fairseq_plugins", "numpy", "omegaconf")
 """Nothing of these is imported: what a checkpoint wants from them is replaced by `_Inert`, which only keeps values."""
 
-HARMLESS_NAMES = ("_codecs.encode", "typing.Any", "collections.deque", "pathlib.PosixPath", "pathlib.Path")
+HARMLESS_NAMES = (
+    "_codecs.encode",
+    *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple")),
+    "collections.defaultdict",
+    "collections.deque",
+    "pathlib.PosixPath",
+    "typing.Any",
+)
 """Single names that options and statistics of training are pickled with; replaced as well."""
 
 UNSUPPORTED_OPTIONS = {

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-PADDING, EOS, UNKNOWN = 1, 2, 3
-"""fairseq's ids of padding, the end symbol and the unknown piece."""
+from mtmoe.inference.vocabulary import EOS, PADDING, UNKNOWN
 
 
 class Decodable(Protocol):

@@ -17,10 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtmoe.checkpoint.config import TransformerConfig
+from mtmoe.inference.vocabulary import PADDING
 from mtmoe.moe import MoEConfig, MoELayer, MoEOutput
-
-PADDING = 1
-"""fairseq's id of padding; positions are numbered from PADDING + 1."""
 
 CACHE_BLOCK = 64
 """Keys by which a cache grows at least; doubling beyond that keeps copying linear."""
@@ -206,7 +204,8 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         """Give each head its part: (batch, length, d_model) -> (batch, heads, length, d_head)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        batch, length, d_model = x.shape
+        return x.view(batch, length, self.heads, d_model // self.heads).transpose(1, 2)
 
     def attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool = False
@@ -383,7 +382,7 @@ class Decoder(nn.Module):
         for layer in self.layers:
 
             def attend(x: Tensor, attention: SelfAttention = layer.self_attention) -> Tensor:
-                return attention(x, None, causal=True)
+                return attention.forward(x, None, causal=True)
 
             x = layer(x, attend, layer.cross_attention.remember(memory), memory_mask, ~real)
         return self._logits(x)

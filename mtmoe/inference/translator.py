@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mtmoe.checkpoint import LanguageSet, StoredModel, open_model
 from mtmoe.errors import CheckpointError, UnknownLanguage
-from mtmoe.inference.decoding import PADDING, SearchOptions, search
+from mtmoe.inference.decoding import SearchOptions, search
 from mtmoe.inference.model import Transformer
-from mtmoe.inference.vocabulary import Vocabulary
+from mtmoe.inference.vocabulary import PADDING, Vocabulary
 from mtmoe.languages import canonical
 
 logger = logging.getLogger(__name__)
@@ -88,8 +88,8 @@ class Translator:
         rows = stored.config.vocabulary_size
         if len(vocabulary) != rows:
             raise CheckpointError(
-                f"{stored.dictionary} makes {len(vocabulary)} entries with the 4 special ones, but the model has {rows}; "
-                "is it another model's?"
+                f"{stored.dictionary} makes {len(vocabulary)} entries with the 4 special ones, "
+                f"but the model has {rows}; is it another model's?"
             )
         model = Transformer.from_tensors(stored.config, stored.tensors, DTYPES[dtype])
         try:

@@ -8,8 +8,10 @@ from pathlib import Path
 import sentencepiece
 
 from mtmoe.errors import CheckpointError
-from mtmoe.inference.decoding import EOS, UNKNOWN
 from mtmoe.normalise import normalise
+
+PADDING, EOS, UNKNOWN = 1, 2, 3
+"""fairseq's ids of padding, the end symbol and the unknown piece."""
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 """What fairseq puts before the lines of a dictionary."""

@@ -1,0 +1,204 @@
+"""The folder: what comes back, what an error names, and that nothing good is lost."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference.models import toy_config, toy_model, toy_tensors
+from safetensors.torch import save_file
+
+from mtmoe.checkpoint import StoredModel, TransformerConfig, locate_model, open_model
+from mtmoe.checkpoint.folder import FILES, read_folder, write_folder
+from mtmoe.errors import CheckpointError
+
+
+def test_comes_back_to_the_bit(model, tmp_path):
+    folder = tmp_path / "deep" / "model"
+    write_folder(folder, model)
+    found = read_folder(folder)
+    assert found.config == model.config
+    assert found.languages == model.languages
+    assert found.tensors.keys() == model.tensors.keys()
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in model.tensors.items())
+    assert found.dictionary.read_bytes() == model.dictionary.read_bytes()
+    assert found.sentencepiece.read_bytes() == model.sentencepiece.read_bytes()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_keeps_bfloat16(vocabulary, tmp_path):
+    model = toy_model(vocabulary)
+    half = {name: tensor.bfloat16() for name, tensor in model.tensors.items()}
+    write_folder(
+        tmp_path / "model", StoredModel(model.config, half, model.dictionary, model.sentencepiece, model.languages)
+    )
+    assert all(tensor.dtype == torch.bfloat16 for tensor in read_folder(tmp_path / "model").tensors.values())
+
+
+def test_replaces_an_older_folder(vocabulary, tmp_path):
+    write_folder(tmp_path / "model", toy_model(vocabulary, seed=1))
+    newer = toy_model(vocabulary, seed=2)
+    write_folder(tmp_path / "model", newer)
+    name = "encoder.layers.0.fc1.weight"
+    assert torch.equal(read_folder(tmp_path / "model").tensors[name], newer.tensors[name])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("failing", ["copyfile", "rename"])
+def test_a_failed_write_leaves_the_old_folder(vocabulary, tmp_path, monkeypatch, failing):
+    old = toy_model(vocabulary, seed=1)
+    write_folder(tmp_path / "model", old)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    if failing == "copyfile":
+        monkeypatch.setattr(shutil, "copyfile", full)
+    else:
+        replace = os.replace
+        monkeypatch.setattr(os, "replace", lambda a, b: full() if str(a).endswith(".new") else replace(a, b))
+    with pytest.raises(OSError, match="No space left"):
+        write_folder(tmp_path / "model", toy_model(vocabulary, seed=2))
+    monkeypatch.undo()
+    name = "encoder.layers.0.fc1.weight"
+    assert torch.equal(read_folder(tmp_path / "model").tensors[name], old.tensors[name])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_leaves_other_things_alone(vocabulary, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("x")
+    for name in ("home", "file"):
+        with pytest.raises(CheckpointError, match="exists and is no model folder; it is left as it is"):
+            write_folder(tmp_path / name, toy_model(vocabulary))
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    write_folder(tmp_path / "empty", toy_model(vocabulary))
+
+
+def test_weights_that_do_not_fit_are_not_written(vocabulary, tmp_path):
+    model = toy_model(vocabulary)
+    tensors = {name: tensor for name, tensor in model.tensors.items() if name != "encoder.layer_norm.weight"}
+    broken = StoredModel(model.config, tensors, model.dictionary, model.sentencepiece, model.languages)
+    with pytest.raises(CheckpointError, match=r"lacks encoder\.layer_norm\.weight"):
+        write_folder(tmp_path / "model", broken)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.fixture
+def folder(vocabulary, tmp_path):
+    write_folder(tmp_path / "model", toy_model(vocabulary, moe=True))
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=f"it lacks {name}"):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda config: config.update(version=2), r"config\.json: version 2 is unknown, this mtmoe reads version 1"),
+        (lambda config: config.update(format="x"), "format must be 'mtmoe'"),
+        (lambda config: config.pop("model"), "config.json lacks model"),
+        (lambda config: config.update(model=3), "model must be an object"),
+        (lambda config: config["model"].pop("d_model"), "model lacks d_model"),
+        (lambda config: config["model"].update(depth=3), "model has unknown depth"),
+        (lambda config: config["model"].update(d_model="16"), r"model\.d_model must be of type int, not '16'"),
+        (lambda config: config["model"].update(d_model=True), r"model\.d_model must be of type int, not True"),
+        (lambda config: config["model"].update(encoder_heads=3), "encoder_heads=3 must divide d_model=16"),
+        (lambda config: config["model"].update(encoder_moe=None), "encoder_moe must be given exactly when"),
+        (lambda config: config["model"]["encoder_moe"].pop("eom"), r"model\.encoder_moe lacks eom"),
+        (lambda config: config["model"]["encoder_moe"].update(top_k=0), "top_k=0 must be between 1 and num_experts=4"),
+        (lambda config: config["model"].update(encoder_layers=10**9), "encoder_layers=1000000000 must be at most"),
+        (lambda config: config["model"].update(vocabulary_size=9), r"embed_tokens\.weight has shape .* says \(9, 16\)"),
+    ],
+)
+def test_a_wrong_configuration(folder, change, text):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=text):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("{", "languages.json is not valid JSON"),
+        ("[]", "languages.json"),
+        ('{"languages": ["de"]}', "lacks 'directions'"),
+        ('{"languages": "de", "directions": [], "encoder_langtok": "src"}', "languages must be a list of strings"),
+        ('{"languages": ["de"], "directions": ["de-en"], "encoder_langtok": "src"}', "direction 'de-en' must join two of: de"),
+        ('{"languages": ["de"], "directions": [], "encoder_langtok": "both"}', "encoder_langtok='both' must be one of"),
+        ('{"languages": [], "directions": [], "encoder_langtok": "src"}', "needs at least one language"),
+    ],
+)
+def test_wrong_languages(folder, content, text):
+    (folder / "languages.json").write_text(content)
+    with pytest.raises(CheckpointError, match=text):
+        read_folder(folder)
+
+
+@settings(max_examples=40)
+@given(share=st.floats(0, 0.999))
+def test_truncated_weights_are_an_error(tmp_path_factory, vocabulary, share):
+    folder = tmp_path_factory.mktemp("cut") / "model"
+    write_folder(folder, toy_model(vocabulary))
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        read_folder(folder)
+
+
+def test_weights_of_another_shape(folder):
+    tensors = toy_tensors(toy_config())
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors lacks .*moe.* and has unknown .*fc1"):
+        read_folder(folder)
+
+
+def test_a_config_survives_json(model):
+    assert TransformerConfig.from_json(json.loads(json.dumps(model.config.to_json()))) == model.config
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"d_model": 0}, "d_model=0 must be at least 1"),
+        ({"activation": "selu"}, "activation='selu' must be one of: relu, gelu"),
+        ({"share_decoder_input_output_embed": False}, "share_all_embeddings shares the output too"),
+        ({"decoder_heads": 5}, "decoder_heads=5 must divide d_model=16"),
+        ({"decoder_moe_freq": 2}, "decoder_moe must be given exactly when decoder_moe_freq makes"),
+        ({"moe": True, "encoder_moe_freq": 3}, "encoder_moe must be given exactly when"),
+        ({"moe": True, "d_model": 32}, r"encoder_moe\.d_model=16 must be d_model=32"),
+    ],
+)
+def test_a_config_out_of_range(changes, text):
+    with pytest.raises(ValueError, match=text):
+        toy_config(**changes)
+
+
+def test_what_a_path_means(vocabulary, tmp_path):
+    with pytest.raises(CheckpointError, match="nothing does not exist; give a model folder"):
+        locate_model(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="is neither a model folder"):
+        open_model(tmp_path)
+    write_folder(tmp_path / "model", toy_model(vocabulary))
+    assert locate_model(tmp_path / "model") == tmp_path / "model"
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "checkpoint_last.pt").touch()
+    assert locate_model(tmp_path / "run").name == "checkpoint_last.pt"
+    (checkpoints / "checkpoint_best.pt").touch()
+    assert locate_model(tmp_path / "run").name == "checkpoint_best.pt"
+    assert locate_model(checkpoints / "checkpoint_last.pt").name == "checkpoint_last.pt"
