@@ -79,7 +79,8 @@ class NonFiniteGuard:
         if self.limit and self.consecutive >= self.limit:
             raise TrainingDiverged(
                 f"{self.consecutive} updates in a row had a loss or gradient that is not finite, "
-                f"up to update {update}; the last checkpoint is good. Resume with a lower --lr, a longer --warmup-updates or --clip-norm 1 "
+                f"up to update {update}; the last checkpoint is good. "
+                "Resume with a lower --lr, a longer --warmup-updates or --clip-norm 1 "
                 "(with --reset-lr-scheduler for a new schedule), or try --autocast off. "
                 "--max-nonfinite-updates sets this limit."
             )

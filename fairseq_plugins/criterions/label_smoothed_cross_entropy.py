@@ -65,7 +65,7 @@ class MtmoeLabelSmoothedCrossEntropy(FairseqCriterion):
             zip(AUXILIARY, (load_balance_loss_weight, router_z_loss_weight, cmr_loss_weight), strict=True)
         )
         self.collect_routing = True
-        """Whether the next forward pass gathers entropy and load of each layer; the task sets it where they are shown."""
+        """Whether the next forward pass gathers entropy and load by layer; the task sets it where they are shown."""
 
     def forward(self, model: Any, sample: dict, reduce: bool = True) -> tuple[Tensor, int, dict[str, Any]]:
         """Compute the loss of a sample.

@@ -66,7 +66,7 @@ class TrainConfig:
     optimizer: str = "mtmoe_adamw"
     """fairseq optimiser."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Any other option of fairseq-train, without the dashes: ``max-tokens: 1024``, ``cpu: true``; false leaves it out."""
+    """Any other option of fairseq-train, without dashes: ``max-tokens: 1024``, ``cpu: true``; false leaves it out."""
     curriculum: Sequence[Mapping[str, Any]] | None = None
     """Phases, as in a curriculum file; written to the run folder."""
     minutes: float = 0.0

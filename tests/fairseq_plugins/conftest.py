@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -51,18 +52,18 @@ def toy_data(tmp_path_factory) -> Path:
     return write_toy_data(tmp_path_factory.mktemp("toy") / "data")
 
 
-MODEL = (
+MODEL = shlex.split(
     "--arch transformer --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 16 --decoder-embed-dim "
-    "16 --encoder-ffn-embed-dim 32 --decoder-ffn-embed-dim 32 --encoder-attention-heads 2 --decoder- "
-    "attention-heads 2 --share-all-embeddings --encoder-normalize-before --decoder-normalize-before "
-    "--dropout 0.1"
-).split()  # noqa: SIM905
-TRAIN = (
+    "16 --encoder-ffn-embed-dim 32 --decoder-ffn-embed-dim 32 --encoder-attention-heads 2 "
+    "--decoder-attention-heads 2 --share-all-embeddings --encoder-normalize-before "
+    "--decoder-normalize-before --dropout 0.1"
+)
+TRAIN = shlex.split(
     "--task mtmoe_translation --criterion mtmoe_label_smoothed_cross_entropy --label-smoothing 0.1 "
-    "--optimizer mtmoe_adamw --lr 0.003 --lr-scheduler polynomial_decay --total-num-update 100 --clip- "
-    "norm 1.0 --max-tokens 256 --log-format json --log-interval 1 --seed 3 --cpu --num-workers 0 --no- "
-    "epoch-checkpoints"
-).split()  # noqa: SIM905
+    "--optimizer mtmoe_adamw --lr 0.003 --lr-scheduler polynomial_decay --total-num-update 100 "
+    "--clip-norm 1.0 --max-tokens 256 --log-format json --log-interval 1 --seed 3 --cpu --num-workers 0 "
+    "--no-epoch-checkpoints"
+)
 
 
 def command(name: str, *arguments: object) -> list[str]:

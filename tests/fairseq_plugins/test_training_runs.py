@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import shlex
 import signal
 import subprocess
 import time
@@ -15,12 +16,12 @@ from fairseq.file_io import PathManager
 import fairseq_plugins  # noqa: F401 - repairs loading and saving of checkpoints, which is under test
 
 UPDATES = 150
-OPTIONS = (
+OPTIONS = shlex.split(
     "--max-update 150 --update-freq 2 --autocast bfloat16 --identity-warmup 0.5 --identity-warmup-updates "
-    "200 --identity-floor 0.05 --sampling-temperature 2 --save-interval-updates 20 --keep-interval- "
-    "updates 1 --validate-interval-updates 60 --valid-limit 10 --max-tokens 200 --required-batch-size- "
-    "multiple 1"
-).split()  # noqa: SIM905
+    "200 --identity-floor 0.05 --sampling-temperature 2 --save-interval-updates 20 "
+    "--keep-interval-updates 1 --validate-interval-updates 60 --valid-limit 10 --max-tokens 200 "
+    "--required-batch-size-multiple 1"
+)
 
 
 @pytest.fixture(scope="module")
