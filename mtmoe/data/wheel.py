@@ -1,8 +1,9 @@
 """Interface messages of a Python package as parallel text: Home Assistant's translations, straight from the wheel.
 
-Each ``homeassistant/components/<component>/translations/<language>.json`` is a tree of messages; the same component and
-path of keys is the same message in every language. The messages of two languages are paired by it, each is held
-against the English one, and the split is that of the English message, so that every pair has the same English in the same split.
+Each ``homeassistant/components/<component>/translations/<language>.json`` is a tree of messages; the same component
+and path of keys is the same message in every language. The messages of two languages are paired by it, each is held
+against the English one, and the split is that of the English message, so that every pair has the same English in the
+same split.
 """
 
 from __future__ import annotations
