@@ -35,7 +35,11 @@ MIN_LETTERS = 4
 """Fewer letters than this are not judged: "OK" is a word of every language."""
 
 MIN_CONFIDENCE = 0.8
-"""Probability that py3langid must give its first choice. On interface messages its wrong first choices stay below."""
+"""Probability that py3langid must give its first choice.
+
+Measured with people's own text in the right language: of 20 languages' everyday sentences (tatoeba20, 5,419 segments)
+90 % are judged and 0.06 % of those are called off target; at 0.5 it is 98 % and 0.8 %, at 0.9 86 % and 0.02 %.
+On 2,230 interface messages in 6 languages it is 71 % and 0.25 %, and of untranslated ones 99.9 % are found."""
 
 Verdict = Literal["on", "off", "unsure"]
 

@@ -58,7 +58,8 @@ def plot_directions(directions: Mapping[str, Mapping[str, Any]]) -> str | None:
         # "low" holds "very low" in the means; here each direction has the one colour of its own bucket.
         shown = [bucket for bucket in COLOURS if bucket in buckets]
         handles = [Patch(color=COLOURS[bucket], label=LABELS[bucket]) for bucket in shown]
-        axes.legend(handles=[*handles, Patch(color=COPY_COLOUR, label="copying the source")], frameon=False)
+        handles.append(Patch(color=COPY_COLOUR, label="copying the source"))
+        figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

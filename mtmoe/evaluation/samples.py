@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from mtmoe.evaluation.test_sets import TestSet
 
+GOLDEN = 0.618034
+"""Multiples of the golden ratio, modulo 1, stay apart from each other however many there are."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -37,7 +40,9 @@ def choose_samples(test_sets: Sequence[TestSet], outputs: Mapping[str, Sequence[
     for number, test_set in enumerate(test_sets):
         quota = min(filled[number + 1] - filled[number], len(test_set.sources))
         for position in range(quota):
-            index = (2 * position + 1) * len(test_set.sources) // (2 * quota)
+            # The shift keeps en-de and de-en, which hold the same segments, from showing the same one.
+            place = ((position + 0.5) / quota + number * GOLDEN) % 1
+            index = int(place * len(test_set.sources))
             sentence = (test_set.sources[index], test_set.references[index], outputs[test_set.direction][index])
             samples.append(Sample(test_set.direction, *sentence))
     return samples

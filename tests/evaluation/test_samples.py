@@ -33,3 +33,8 @@ def test_same_for_every_model_and_bounded():
     assert len(choose(2, 3, 12)) == 6
     assert choose(2, 3, 0) == []
     assert choose_samples([], {}, 12) == []
+
+
+def test_both_directions_of_a_pair_show_different_segments():
+    chosen = choose(10, 300, 10)
+    assert len({one.source for one in chosen}) == 10

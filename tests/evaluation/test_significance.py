@@ -45,6 +45,8 @@ def test_equal_systems_do_not_differ():
     references = sentences(10)
     outputs = spoil(references, 0.3, 1)
     assert paired_test(outputs, list(outputs), references, "en").p_value == 1.0
+    spaced = [line.replace(" ", "  ") for line in outputs]  # other text, but chrF++ sees none of it
+    assert paired_test(outputs, spaced, references, "en", samples=100).p_value == 1.0
 
 
 def test_same_seed_same_p():
