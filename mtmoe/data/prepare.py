@@ -154,6 +154,8 @@ def _build(
         progress.say("clean text is there from an earlier run")
     with stages.locked():
         _binarise(recipe, stages, text_mark, done, progress)
+        for left_over in folder.rglob(".*.tmp"):  # of a file that was being written when the process was killed
+            left_over.unlink()
         _describe(recipe, mark, done, folder)
 
 

@@ -68,7 +68,7 @@ def train_vocabulary(text: Path, pairs: Iterable[Pair], settings: Vocabulary, mo
             by_language.setdefault(language, {}).update(dict.fromkeys(lines))
     drawn = sample_sentences({code: list(lines) for code, lines in by_language.items()}, settings)
     if not drawn:
-        raise DataError("nothing is left to train on; the summary of what was dropped: run with a looser cleaning")
+        raise DataError(f"{text}: nothing is left to train on")
     trained = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -84,7 +84,7 @@ def train_vocabulary(text: Path, pairs: Iterable[Pair], settings: Vocabulary, mo
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).split("] ")[-1].strip() or str(error)
+        reason = (str(error).split("] ")[-1].strip() or str(error)).rstrip(".")
         raise DataError(
             f"SentencePiece cannot make {settings.size} pieces of {len(drawn)} sentences: {reason}; "
             "change vocabulary.size or character_coverage in the recipe"
