@@ -89,22 +89,29 @@ def stop_on_signals() -> None:
 
 
 def start_without_gpu() -> None:
-    """Let torchrun start training on CPUs: fairseq divides by the number of GPUs, and asks for NCCL."""
+    """Let torchrun start training on CPUs.
+
+    Without GPUs fairseq takes each process for a run of its own, and all would write the same checkpoints; told
+    otherwise, it divides by the number of GPUs and asks for NCCL.
+    """
     if torch.cuda.is_available():
         return
-    infer = distributed_utils._infer_torch_distributed_launch_init
+    infer = distributed_utils.infer_init_method
 
-    def on_cpu(cfg: Any) -> None:
-        count, torch.cuda.device_count = torch.cuda.device_count, lambda: 1
-        try:
-            infer(cfg)
-        finally:
-            torch.cuda.device_count = count
+    def infer_init_method(cfg: Any, force_distributed: bool = False) -> None:
+        started = all(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"))
+        if cfg.distributed_init_method is not None or not started or int(os.environ["WORLD_SIZE"]) == 1:
+            infer(cfg, force_distributed)
+            return
+        cfg.distributed_init_method = "env://"
+        cfg.distributed_world_size, cfg.distributed_rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+        cfg.device_id = int(os.environ.get("LOCAL_RANK", 0))
+        cfg.distributed_no_spawn = True
         cfg.distributed_backend = "gloo"
         if cfg.ddp_backend in ("c10d", "pytorch_ddp"):
             cfg.ddp_backend = "legacy_ddp"  # the other one is given a GPU's number
 
-    distributed_utils._infer_torch_distributed_launch_init = on_cpu
+    distributed_utils.infer_init_method = infer_init_method
 
 
 def seed_without_gpu() -> None:

@@ -184,3 +184,12 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
         for path in (best, last):
             value = torch.load(path, weights_only=True)["x"]
             assert (value == value[0]).all()
+
+
+@pytest.mark.slow
+def test_torchrun_trains_one_model_with_two_processes(fairseq, toy_data, tmp_path):
+    words = fairseq.train_command(toy_data, tmp_path, "--max-update", 6, "--disable-validation")
+    done = fairseq.run([*fairseq.command("torchrun", "--nproc_per_node", 2, "--master_port", 29631), *words]).stdout
+    updates = [line for line in done.splitlines() if "| train_inner |" in line]
+    assert len(updates) == 6  # only the first process logs, and it logs the tokens of both
+    assert float(json.loads(updates[0].split("| train_inner |")[1])["wpb"]) > 200
