@@ -163,7 +163,9 @@ def test_a_pickle_cut_inside_a_sound_archive(vocabulary, tmp_path):
         with zipfile.ZipFile(path) as old, zipfile.ZipFile(broken, "w") as new:
             for item in old.infolist():
                 content = old.read(item)
-                new.writestr(item, content[: int(share * len(content))] if item.filename.endswith("data.pkl") else content)
+                new.writestr(
+                    item, content[: int(share * len(content))] if item.filename.endswith("data.pkl") else content
+                )
         with pytest.raises(CheckpointError, match="is damaged"):
             read_fairseq_checkpoint(broken)
 

@@ -138,7 +138,10 @@ def test_a_wrong_configuration(folder, change, text):
         ("[]", "languages.json"),
         ('{"languages": ["de"]}', "lacks 'directions'"),
         ('{"languages": "de", "directions": [], "encoder_langtok": "src"}', "languages must be a list of strings"),
-        ('{"languages": ["de"], "directions": ["de-en"], "encoder_langtok": "src"}', "direction 'de-en' must join two of: de"),
+        (
+            '{"languages": ["de"], "directions": ["de-en"], "encoder_langtok": "src"}',
+            "direction 'de-en' must join two of: de",
+        ),
         ('{"languages": ["de"], "directions": [], "encoder_langtok": "both"}', "encoder_langtok='both' must be one of"),
         ('{"languages": [], "directions": [], "encoder_langtok": "src"}', "needs at least one language"),
     ],

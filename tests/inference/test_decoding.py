@@ -70,7 +70,17 @@ def assert_same(found, expected):
     forbid=st.booleans(),
 )
 def test_agrees_with_the_obvious_search(
-    seed, vocabulary, sharpness, lengths, beam, length_penalty, max_length_a, max_length_b, min_length, unknown_penalty, forbid
+    seed,
+    vocabulary,
+    sharpness,
+    lengths,
+    beam,
+    length_penalty,
+    max_length_a,
+    max_length_b,
+    min_length,
+    unknown_penalty,
+    forbid,
 ):
     model = TableModel(vocabulary, seed, sharpness)
     source = pad([[4 + number, *[5] * (length - 2), 2] for number, length in enumerate(lengths)])

@@ -51,7 +51,12 @@ def toy_config(**changes) -> TransformerConfig:
     """A small dense shape; `moe=True` gives every second layer four experts with CMR and EOM."""
     if changes.pop("moe", False):
         experts = MoEConfig(d_model=16, d_ffn=24, num_experts=4, top_k=2, eom=0.2, cmr=True)
-        changes = {"encoder_moe": experts, "decoder_moe": experts, "encoder_moe_freq": 2, "decoder_moe_freq": 2} | changes
+        changes = {
+            "encoder_moe": experts,
+            "decoder_moe": experts,
+            "encoder_moe_freq": 2,
+            "decoder_moe_freq": 2,
+        } | changes
     values = {
         "vocabulary_size": 64,
         "d_model": 16,
@@ -94,6 +99,4 @@ def toy_model(vocabulary: Path, seed: int = 1, **changes) -> StoredModel:
     rows = 4 + len((vocabulary / "dict.txt").read_text(encoding="utf-8").splitlines())
     config = toy_config(**({"vocabulary_size": rows} | changes))
     languages = LanguageSet(LANGUAGES, DIRECTIONS, "src")
-    return StoredModel(
-        config, toy_tensors(config, seed), vocabulary / "dict.txt", vocabulary / "spm.model", languages
-    )
+    return StoredModel(config, toy_tensors(config, seed), vocabulary / "dict.txt", vocabulary / "spm.model", languages)
