@@ -16,5 +16,6 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
-settings.register_profile("search", parent=settings.get_profile("fixed"), derandomize=False, max_examples=1000)
+# Other cases on every run: HYPOTHESIS_PROFILE=search.
+settings.register_profile("search", parent=settings.get_profile("fixed"), derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))

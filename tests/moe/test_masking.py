@@ -7,6 +7,7 @@ import torch
 from reference import moe as reference
 from reference.cases import make_case
 from reference.compare import assert_all_close, assert_close, gradients
+from torch.utils.checkpoint import checkpoint
 
 from mtmoe.moe import MoEConfig, MoELayer
 from mtmoe.moe.capacity import limit
@@ -166,6 +167,22 @@ def test_masking_leaves_the_losses():
     plain, masked = case.layer.train()(case.x), twin(case, eom=0.5, fom=0.5, gating_dropout=1.0).train()(case.x)
     for name, value in plain.losses.items():
         assert torch.equal(masked.losses[name], value)
+
+
+def test_recomputed_forward_draws_the_same_masks():  # 1.8, pitfall: activation checkpointing
+    config = small(eom=0.4, fom=0.2, dropout=0.3, cmr=True, cmr_gate_drop=0.3, gating_dropout=0.5, jitter=0.1)
+    case = make_case(config, 20)
+    layer = case.layer.train()
+
+    def run(recompute):
+        torch.manual_seed(3)
+        x = case.x.clone().requires_grad_()
+        y = checkpoint(lambda x: layer(x).y, x, use_reentrant=False) if recompute else layer(x).y
+        return gradients((y * case.direction).sum(), {"x": x, **dict(layer.named_parameters())})
+
+    plain, recomputed = run(False), run(True)
+    for name, grad in plain.items():
+        assert torch.equal(recomputed[name], grad), name
 
 
 # EOM and FOM beside CMR: EOM hides experts before the mixture, FOM the token after it
