@@ -28,7 +28,8 @@ def capacity_of(config: MoEConfig, tokens: int, training: bool) -> int | None:
     factor = config.capacity_factor if training else config.eval_capacity_factor
     if factor == 0:
         return None
-    return max(1, int(config.top_k * factor * math.ceil(tokens / config.num_experts)))
+    # The small term: 3 * 0.7 * 10 is 20.999… in floating point, and means 21.
+    return max(1, int(config.top_k * factor * math.ceil(tokens / config.num_experts) + 1e-6))
 
 
 def apply_capacity(expert_index: Tensor, priority: Tensor | None, capacity: int) -> tuple[Tensor, Tensor]:

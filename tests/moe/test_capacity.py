@@ -112,6 +112,7 @@ def test_a_late_first_choice_comes_before_an_early_second_choice():  # T8
         ({"capacity_factor": 1.0}, 10, False, None),
         ({"capacity_factor": 1.25, "top_k": 1, "normalize_weights": "none"}, 10, True, 3),  # int(1.25 * 3)
         ({"capacity_factor": 1.0, "top_k": 3}, 9, True, 9),
+        ({"capacity_factor": 0.7, "top_k": 3}, 40, True, 21),  # 20.999… in floating point
         ({"capacity_factor": 1.0}, 0, True, 1),
         ({"capacity_factor": 0.01}, 10, True, 1),
         ({}, 10, True, None),
