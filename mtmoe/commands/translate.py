@@ -59,6 +59,9 @@ def run(args: argparse.Namespace) -> int:
     from mtmoe.checkpoint import locate_model
     from mtmoe.inference import Translator
 
+    interactive = not args.text and args.input is None and sys.stdin.isatty()
+    counting = not args.text and not interactive and sys.stderr.isatty()
+    done = 0
     found = locate_model(args.model)
     if found != args.model:
         print(f"mtmoe translate: using {found}", file=sys.stderr)
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
                 found, data=args.data, device=args.device, dtype=args.dtype, threads=args.threads
             )
             with _output(args.output) as output:
-                for chunk in _chunks(lines, 1 if sys.stdin.isatty() else CHUNK):
+                for chunk in _chunks(lines, 1 if interactive else CHUNK):
                     results = translator.translate(
                         chunk,
                         args.source,
@@ -80,8 +83,14 @@ def run(args: argparse.Namespace) -> int:
                     )
                     output.writelines(f"{line}\n" for line in results)
                     output.flush()
+                    done += len(chunk)
+                    if counting:
+                        print(f"\rmtmoe translate: {done} lines", end="", file=sys.stderr)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    finally:
+        if counting and done:
+            print(file=sys.stderr)
     return 0
 
 

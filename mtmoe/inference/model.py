@@ -332,7 +332,6 @@ class Encoder(nn.Module):
         mask = padding = None
         if not bool(real.all()):
             mask, padding = real[:, None, None], ~real
-            x = x * real[..., None]
         for layer in self.layers:
             x = layer(x, mask, padding)
         return _normed(x, self.norm), mask
