@@ -60,13 +60,13 @@ def write_folder(path: Path, model: StoredModel) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
     try:
-        os.chmod(staging, 0o755)
         write_json(staging / CONFIG, {"format": FORMAT, "version": VERSION, "model": model.config.to_json()})
         write_json(staging / LANGUAGES, model.languages.to_json())
         shutil.copyfile(model.dictionary, staging / DICTIONARY)
         shutil.copyfile(model.sentencepiece, staging / SENTENCEPIECE)
         # safetensors refuses views that share memory, which mapped checkpoints give where fairseq saved them so.
         save_file({name: tensor.clone().contiguous() for name, tensor in model.tensors.items()}, staging / WEIGHTS)
+        _open_to_all(staging)
         for name in FILES:
             _sync(staging / name)
         _sync(staging)
@@ -113,6 +113,14 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _open_to_all(staging: Path) -> None:
+    """Give folder and files the modes that an ordinary open() would have; mkdtemp and safetensors make them private."""
+    mode = (staging / CONFIG).stat().st_mode & 0o666  # write_json follows the umask
+    for name in FILES:
+        os.chmod(staging / name, mode)
+    os.chmod(staging, mode | (mode & 0o444) >> 2)
 
 
 def _put_in_place(staging: Path, path: Path) -> None:

@@ -122,7 +122,7 @@ class Translator:
         try:
             code = canonical(language)
         except UnknownLanguage as error:
-            raise UnknownLanguage(f"{error}. This model knows: {', '.join(self.languages)}") from error
+            raise UnknownLanguage(f"{error} (this model knows: {', '.join(self.languages)})") from error
         if code not in self.languages:
             raise UnknownLanguage(f"language {language!r} is not in this model; it knows: {', '.join(self.languages)}")
         return code

@@ -30,6 +30,16 @@ def test_comes_back_to_the_bit(model, tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
+def test_is_as_readable_as_other_files(vocabulary, tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_folder(tmp_path / "model", toy_model(vocabulary))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o640}
+
+
 def test_keeps_bfloat16(vocabulary, tmp_path):
     model = toy_model(vocabulary)
     half = {name: tensor.bfloat16() for name, tensor in model.tensors.items()}

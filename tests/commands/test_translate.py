@@ -94,7 +94,7 @@ def test_checkpoint_and_run_folder(folder, vocabulary, expected, tmp_path, capsy
     ("arguments", "text"),
     [
         (["--to", "fr"], "error: language 'fr' is not in this model; it knows: de, en, mk"),
-        (["--to", "qq"], "This model knows: de, en, mk"),
+        (["--to", "qq"], "this model knows: de, en, mk"),
         (["--model", "nowhere"], "error: nowhere does not exist; give a model folder, a checkpoint"),
         (["--beam", "0"], "error: beam=0 must be at least 1"),
         (["--device", "abacus"], "error: device='abacus' cannot be used"),

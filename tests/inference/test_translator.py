@@ -90,7 +90,7 @@ def test_tag_of_the_target_before_the_source(vocabulary):
 
 @pytest.mark.parametrize(
     ("code", "text"),
-    [("fr", "language 'fr' is not in this model; it knows: de, en, mk"), ("xx_Nope", "This model knows: de, en, mk")],
+    [("fr", "language 'fr' is not in this model; it knows: de, en, mk"), ("xx_Nope", "this model knows: de, en, mk")],
 )
 def test_unknown_language(translator, code, text):
     for source, target in ((code, "de"), ("en", code)):
