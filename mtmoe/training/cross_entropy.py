@@ -17,6 +17,9 @@ ROWS_IN_CACHE = 1 << 19
 """Elements of fp32 logits that the softmax works on at once on a CPU: 2 MiB, an L2 cache. For 1000 x 4096 logits on one
 core with AMX the time is flat from 2**17 to 2**19, and 5-10 % more on either side."""
 
+WORTH_COPYING = 0.8
+"""Share of real tokens below which they are copied together before the products, on a CPU."""
+
 LOGITS_AT_ONCE = 1 << 27
 """Elements of logits that exist at once; above it (1024 tokens x 128k words) tokens are taken in several blocks."""
 
@@ -81,8 +84,10 @@ class _FromFeatures(torch.autograd.Function):
         tokens, vocabulary = len(target), weight.shape[0]
         wants_grad = any(ctx.needs_input_grad[:2])
         kept = target.ne(ignore_index)
-        # Padding is 5–15 % of a batch: leave it out of the products. On a GPU the count would have to be waited for.
-        rows = kept.nonzero().squeeze(1) if features.device.type == "cpu" else None
+        # Leave padding out of the products where it is more than a little. Each new number of rows makes oneDNN compile
+        # three kernels (1 ms), while whole batches come in few shapes; on a GPU the count would have to be waited for.
+        sparse = features.device.type == "cpu" and int(kept.sum()) < WORTH_COPYING * tokens
+        rows = kept.nonzero().squeeze(1) if sparse else None
         x, y, mask = (features, target, kept) if rows is None else (features[rows], target[rows], None)
         block = max(1, LOGITS_AT_ONCE // vocabulary)
         losses, nlls, grad_x = [], [], torch.empty_like(x) if wants_grad else None
