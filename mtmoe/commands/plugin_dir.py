@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from mtmoe.training.launcher import plugin_folder
+from mtmoe.training.preset import plugin_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

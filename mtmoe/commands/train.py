@@ -14,6 +14,7 @@ import shlex
 from dataclasses import replace
 
 from mtmoe.training import launcher
+from mtmoe.training.preset import build_command, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; the exit status is that of fairseq-train."""
-    config = launcher.load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides)
     if args.minutes is not None:
         config = replace(config, minutes=args.minutes)
     if args.dry_run:
-        print(shlex.join(launcher.build_command(config)))
+        print(shlex.join(build_command(config)))
         return 0
     return launcher.train(config, resume=args.resume == "auto", report=lambda line: print(line, flush=True))

@@ -14,7 +14,7 @@ from mtmoe.evaluation.metrics import score
 from mtmoe.inference import Translator
 
 ROOT = Path(__file__).parents[2]
-UPDATES = 700
+UPDATES = 900
 
 PRESET = """
 data: {run}/data
@@ -24,18 +24,20 @@ threads: 1
 curriculum:
   - start: 0
     pairs: [de-en]
-  - start: 0.1
-    languages: [ru]
+  - start: 0.05
+    pairs: [en-ru]
 options:
+  directions: de-en,en-de,en-ru,ru-en
   encoder-layers: 2
   decoder-layers: 2
   encoder-embed-dim: 128
   encoder-ffn-embed-dim: 256
   num-experts: 8
   cmr: true
-  eom: 0.1
+  eom: 0.05
   dropout: 0.0
   max-tokens: 512
+  required-batch-size-multiple: 1
   max-update: {updates}
   lr: 0.003
   lr-scheduler: polynomial_decay

@@ -9,14 +9,14 @@ import pytest
 
 from mtmoe.cli import main
 from mtmoe.errors import ConfigError
-from mtmoe.training import launcher
-from mtmoe.training.launcher import TrainConfig
+from mtmoe.training import launcher, preset, process, run_log, time_budget
+from mtmoe.training.preset import TrainConfig
 
 PRESETS = sorted((Path(__file__).parents[2] / "scripts" / "train").glob("*.yaml"))
 LINE = "2026-01-02 03:04:05 | INFO | {kind} | {metrics}"
 
 
-def preset(folder, **changes):
+def make_config(folder, **changes):
     (folder / "data").mkdir(exist_ok=True)
     (folder / "data" / "languages.json").write_text("{}")
     (folder / "data" / "dict.txt").write_text("")
@@ -26,7 +26,7 @@ def preset(folder, **changes):
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_load(path):
-    words = launcher.build_command(launcher.load_config(path))
+    words = preset.build_command(preset.load_config(path))
     assert words[0].endswith("fairseq-train")
     assert "--total-num-update" in words or "polynomial_decay" not in words or "--max-update" not in words
 
@@ -35,12 +35,12 @@ def test_overrides_reach_fields_and_options(tmp_path):
     options = "{max-tokens: 1024, lr: 0.1, cpu: true, fp16: true}"
     (tmp_path / "c.yaml").write_text(f"data: d\noutput: o\noptions: {options}\n")
     words = ["output=elsewhere", "max_tokens=99", "options.lr=0.5", "fp16=false", "update-freq=[2, 1]"]
-    config = launcher.load_config(tmp_path / "c.yaml", words)
+    config = preset.load_config(tmp_path / "c.yaml", words)
     assert config.output == "elsewhere"
-    command = " ".join(launcher.build_command(config))
+    command = " ".join(preset.build_command(config))
     assert "--max-tokens 99 --lr 0.5 --cpu --update-freq 2,1" in command
     assert "fp16" not in command
-    assert f"--user-dir {launcher.plugin_folder()} --save-dir elsewhere/checkpoints" in command
+    assert f"--user-dir {preset.plugin_folder()} --save-dir elsewhere/checkpoints" in command
 
 
 @pytest.mark.parametrize(
@@ -58,25 +58,25 @@ def test_overrides_reach_fields_and_options(tmp_path):
 def test_wrong_presets_say_what_is_wrong(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        launcher.load_config(tmp_path / "c.yaml")
+        preset.load_config(tmp_path / "c.yaml")
 
 
 def test_wrong_overrides_say_what_is_wrong(tmp_path):
     (tmp_path / "c.yaml").write_text("data: d\noutput: o")
     with pytest.raises(ConfigError, match="--set 'oops' must be key=value"):
-        launcher.load_config(tmp_path / "c.yaml", ["oops"])
+        preset.load_config(tmp_path / "c.yaml", ["oops"])
 
 
 def test_metrics_are_read_from_fairseqs_lines():
     metrics = json.dumps({"epoch": 2, "valid_loss": "5.30", "valid_nll_loss_en-de": "4", "valid_num_updates": "12"})
-    record = launcher.parse_metrics(LINE.format(kind="valid", metrics=metrics))
+    record = run_log.parse_metrics(LINE.format(kind="valid", metrics=metrics))
     assert record == {
         "kind": "valid", "time": "2026-01-02 03:04:05", "epoch": 2, "loss": 5.3, "nll_loss_en-de": 4, "num_updates": 12,
     }  # fmt: skip
-    nan = launcher.parse_metrics(LINE.format(kind="train", metrics='{"train_loss": "nan", "train_num_updates": "1"}'))
+    nan = run_log.parse_metrics(LINE.format(kind="train", metrics='{"train_loss": "nan", "train_num_updates": "1"}'))
     assert nan["loss"] == "nan"
-    assert launcher.parse_metrics("2026 | INFO | fairseq.trainer | begin training epoch 1") is None
-    assert launcher.parse_metrics(LINE.format(kind="x", metrics="{")) is None
+    assert run_log.parse_metrics("2026 | INFO | fairseq.trainer | begin training epoch 1") is None
+    assert run_log.parse_metrics(LINE.format(kind="x", metrics="{")) is None
 
 
 FAKE = """
@@ -103,12 +103,12 @@ def fake(tmp_path, monkeypatch):
     script = tmp_path / "fairseq-train"
     script.write_text(f"#!{sys.executable}\n{FAKE}")
     script.chmod(0o755)
-    monkeypatch.setattr(launcher, "_program", lambda name: script)
+    monkeypatch.setattr(preset, "_program", lambda name: script)
     return tmp_path
 
 
 def test_a_run_leaves_its_files(fake):
-    config = preset(fake, options={"max-update": 100, "seed": 7}, curriculum=[{"start": 0.5, "languages": ["mk"]}])
+    config = make_config(fake, options={"max-update": 100, "seed": 7}, curriculum=[{"start": 0.5, "languages": ["mk"]}])
     lines = []
     assert launcher.train(config, report=lines.append) == 0
     folder = config.folder
@@ -125,12 +125,12 @@ def test_a_run_leaves_its_files(fake):
 
 def test_a_failure_is_passed_on_with_its_reason(fake):
     lines = []
-    assert launcher.train(preset(fake, options={"fail": True}), report=lines.append) == 3
+    assert launcher.train(make_config(fake, options={"fail": True}), report=lines.append) == 3
     assert "  the reason" in lines
 
 
 def test_existing_checkpoints_are_not_overwritten_unasked(fake):
-    config = preset(fake)
+    config = make_config(fake)
     (config.folder / "checkpoints").mkdir(parents=True)
     (config.folder / "checkpoints" / "checkpoint_last.pt").touch()
     with pytest.raises(ConfigError, match=r"checkpoint_last\.pt exists; go on with --resume auto"):
@@ -138,11 +138,12 @@ def test_existing_checkpoints_are_not_overwritten_unasked(fake):
 
 
 def test_a_time_budget_is_measured_once(fake, monkeypatch):
-    monkeypatch.setattr(launcher, "CALIBRATION_SECONDS", 1.0)
-    config = preset(fake, minutes=0.5, options={"lr-scheduler": "polynomial_decay", "validate-interval-updates": 500})
-    environment = launcher.build_environment(config, print)
+    monkeypatch.setattr(time_budget, "CALIBRATION_SECONDS", 1.0)
+    options = {"lr-scheduler": "polynomial_decay", "validate-interval-updates": 500}
+    config = make_config(fake, minutes=0.5, options=options)
+    environment = process.build_environment(config, print)
     lines = []
-    changes = launcher.time_budget(config, environment, lines.append)
+    changes = time_budget.time_budget(config, environment, lines.append)
     measured = json.loads((config.folder / "calibration.json").read_text()) if config.folder.exists() else {}
     assert 0.0009 < measured["update_seconds"] < 0.01
     assert 0.015 < measured["validation_seconds"] < 0.2
@@ -150,20 +151,20 @@ def test_a_time_budget_is_measured_once(fake, monkeypatch):
     expected = 30 / (measured["update_seconds"] + 0.022 * measured["validation_seconds"])
     assert 0.7 * expected < changes["max_update"] < expected
     assert changes["total_num_update"] == changes["max_update"]
-    assert launcher.time_budget(config, environment, lines.append) == changes
+    assert time_budget.time_budget(config, environment, lines.append) == changes
     assert "as measured before" in lines[-1]
     assert not list(config.folder.glob(".calibration-*"))
 
 
 def test_signals_are_passed_on(fake):
     code = (
-        "from mtmoe.training import launcher\n"
-        f"import pathlib, sys; launcher._program = lambda name: pathlib.Path({str(fake / 'fairseq-train')!r})\n"
+        "from mtmoe.training import launcher, preset\n"
+        f"import pathlib, sys; preset._program = lambda name: pathlib.Path({str(fake / 'fairseq-train')!r})\n"
         f"folder = pathlib.Path({str(fake)!r})\n"
-        "config = launcher.TrainConfig(data=str(folder / 'data'), output=str(folder / 'run'), options={'wait': True})\n"
+        "config = preset.TrainConfig(data=str(folder / 'data'), output=str(folder / 'run'), options={'wait': True})\n"
         "sys.exit(launcher.train(config, report=lambda line: print(line, flush=True)))\n"
     )
-    preset(fake)
+    make_config(fake)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("update"):
@@ -176,16 +177,16 @@ def test_signals_are_passed_on(fake):
 
 
 def test_tcmalloc_is_found_where_it_is(tmp_path):
-    assert launcher.find_tcmalloc([str(tmp_path)]) is None
+    assert process.find_tcmalloc([str(tmp_path)]) is None
     library = tmp_path / "libtcmalloc_minimal.so.4"
     library.touch()
-    assert launcher.find_tcmalloc([str(tmp_path)]) == library
+    assert process.find_tcmalloc([str(tmp_path)]) == library
 
 
 def test_without_tcmalloc_glibc_is_tuned_and_the_user_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(launcher, "find_tcmalloc", lambda: None)
+    monkeypatch.setattr(process, "find_tcmalloc", lambda: None)
     lines = []
-    environment = launcher.build_environment(preset(tmp_path), lines.append)
+    environment = process.build_environment(make_config(tmp_path), lines.append)
     assert environment["MALLOC_MMAP_MAX_"] == "0"
     assert "apt install libtcmalloc-minimal4" in lines[0]
 

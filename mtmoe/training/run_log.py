@@ -1,0 +1,92 @@
+"""What fairseq-train prints: its metrics as JSON lines, all of it as text, a line of progress for the screen."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class RunLog:
+    """Splits the output of fairseq-train into ``train.log``, ``log.jsonl`` and lines for the screen.
+
+    Args:
+        folder: the run folder; both files are added to, so that a resumed run has one history.
+        report: gets the lines for the screen.
+    """
+
+    def __init__(self, folder: Path, report: Callable[[str], None] = print) -> None:
+        self.folder, self.report = folder, report
+        self.tail: list[str] = []
+        """The last lines, for the case that it fails."""
+
+    def __enter__(self) -> RunLog:
+        self._text = (self.folder / "train.log").open("a", encoding="utf-8")
+        self._metrics = (self.folder / "log.jsonl").open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._text.close()
+        self._metrics.close()
+
+    def line(self, text: str) -> None:
+        """Take a line of output."""
+        self._text.write(text + "\n")
+        self.tail = [*self.tail[-11:], text]
+        record = parse_metrics(text)
+        if record is not None:
+            self._metrics.write(json.dumps(record) + "\n")
+            self._metrics.flush()
+            self._text.flush()
+            summary = _summary(record)
+            if summary:
+                self.report(summary)
+        elif "WARNING" in text or "ERROR" in text:
+            self.report(text.split(" | ", 3)[-1])
+
+
+def parse_metrics(line: str) -> dict[str, Any] | None:
+    """Read the metrics from a line of fairseq's JSON log; None for any other line.
+
+    Returns:
+        ``kind`` ("train_inner" at each log interval, "train" at the end of an epoch, "valid" or the name of another
+        subset) and the metrics as numbers, without the prefix that fairseq gives them.
+    """
+    parts = line.split(" | ", 3)
+    if len(parts) != 4 or not parts[3].startswith("{"):
+        return None
+    kind = parts[2].strip()
+    try:
+        raw = json.loads(parts[3])
+    except json.JSONDecodeError:
+        return None
+    record: dict[str, Any] = {"kind": kind, "time": parts[0].strip()}
+    for key, value in raw.items():
+        name = key.removeprefix(f"{kind}_")
+        record[name] = _number(value)
+    return record if "num_updates" in record else None
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            number = float(value)
+            # JSON has no NaN and no infinity; as text they stay readable.
+            if number != number or number in (float("inf"), float("-inf")):
+                return value
+            return int(number) if number.is_integer() and "." not in value and "e" not in value else number
+    return value
+
+
+def _summary(record: Mapping[str, Any]) -> str:
+    kind = record["kind"]
+    if kind == "train_inner":
+        rates = f"{record.get('ups', 0):g} updates/s, {record.get('wps', 0):,.0f} words/s"
+        return f"update {record['num_updates']:>6}  loss {record['loss']:.3f}  lr {record.get('lr', 0):.2e}  {rates}"
+    if kind == "train":
+        return ""
+    ppl = f"  perplexity {record['ppl']:g}" if "ppl" in record else ""
+    best = f"  (best {record['best_loss']:g})" if "best_loss" in record else ""
+    return f"update {record['num_updates']:>6}  {kind} loss {record['loss']:.3f}{ppl}{best}"
