@@ -28,8 +28,8 @@ MALLOC_SETTINGS = {
 """Keeps glibc from giving memory back between updates: 1.06 x in training where tcmalloc gives 1.4 x."""
 
 ONEDNN_KERNELS = "4096"
-"""Compiled CPU kernels that oneDNN keeps. It compiles one for each shape of a bf16 product (0.35 ms); batches come in some
-hundred shapes with a dozen products each, more than its default of 1,024. Each kernel takes some 0.1 MB of memory."""
+"""Compiled CPU kernels that oneDNN keeps. It compiles one for each shape of a bf16 product (0.35 ms); batches come in
+some hundred shapes with a dozen products each, more than its default of 1,024. Each kernel takes some 0.1 MB."""
 
 
 def build_environment(config: TrainConfig, report: Callable[[str], None] = logger.info) -> dict[str, str]:

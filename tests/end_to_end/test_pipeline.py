@@ -79,7 +79,8 @@ def run(tmp_path_factory) -> Path:
     preset.write_text(PRESET.format(run=folder, updates=UPDATES), encoding="utf-8")
     printed = mtmoe("train", preset)
     assert "fairseq-train" in printed
-    mtmoe("convert", folder / "checkpoints" / "checkpoint_last.pt", "--data", folder / "data", "--output", folder / "model")
+    last = folder / "checkpoints" / "checkpoint_last.pt"
+    mtmoe("convert", last, "--data", folder / "data", "--output", folder / "model")
     return folder
 
 
