@@ -34,11 +34,12 @@ lint: setup
 	$(BIN)/lint-imports
 
 # One thread for each test process: two torch processes with two threads each on two cores are ten times slower.
+# A file's tests stay together, since they share fixtures that train models.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses=$(THREADS) --cov --cov-report=term --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses=$(THREADS) --dist=loadfile --cov --cov-report=term --durations=15
 
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses=$(THREADS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses=$(THREADS) --dist=loadfile -m "not slow"
 
 bench: setup
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python benchmarks/layer.py
