@@ -23,8 +23,8 @@ WARM_UPDATES = 20
 """Updates of the short training that do not count."""
 
 RESERVE = 0.10
-"""Share of the budget that is kept for the last validation and checkpoint, and for a rate that drops: of 20 minutes on a
-shared machine, the last 6 % of the updates did not fit into a reserve of 0.04."""
+"""Share of the budget that is kept for the last validation and checkpoint, and for a rate that drops: with 0.04, the
+last 6 % of the updates of a 20-minute run on a shared machine did not fit."""
 
 
 def time_budget(
