@@ -1,8 +1,8 @@
 """Dropout that does not wait for the CPU's random number generator.
 
 torch draws one 64-bit Mersenne number for each element on a CPU: 1.5 ms for 256,000 elements, as long as a bf16 GEMM of
-1000 × 256 × 1024. Here one draw serves four elements, 16 bits each, which is five times faster; the rate is rounded to
-1/65,536 and the scale uses the rounded rate, so that the expectation is right to the precision of the tensor's type.
+1000 × 256 × 1024. Here one draw serves four elements, 16 bits each, and dropout takes a third of the time. The rate is
+rounded to 1/65,536 and the scale uses the rounded rate, so that the expectation is right to the precision of the type.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 ROWS_IN_CACHE = 1 << 19
 """Elements of fp32 logits that the softmax works on at once on a CPU: 2 MiB, an L2 cache. For 1000 x 4096 logits on one
-core with AMX the time is flat from 2**17 to 2**19, and 5-10 % more on either side."""
+core with AVX-512 BF16 the time is flat from 2**17 to 2**19, and 5-10 % more on either side."""
 
 WORTH_COPYING = 0.8
 """Share of real tokens below which they are copied together before the products, on a CPU."""
