@@ -19,7 +19,7 @@ help:
 setup: $(STAMP)
 
 # setuptools comes from the lock too, so that the editable install needs no isolated build environment.
-$(STAMP): requirements.lock setup.py
+$(STAMP): requirements.lock setup.py $(wildcard mtmoe/kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .

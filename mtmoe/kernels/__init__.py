@@ -4,25 +4,31 @@
 ``grouped_linear`` multiplies each group with its expert's matrix, and ``combine`` adds the weighted results up at each
 token. Nothing here is of size tokens x experts.
 
-Backends: ``cpu`` (hand-written backward, one GEMM a non-empty expert) and ``reference`` (plain torch, obvious; the
-choice for every other device). Both agree in values and gradients.
+Backends: ``cpu`` (hand-written backward, one GEMM a non-empty expert), ``triton`` (GPU kernels; the choice on CUDA where
+triton is installed) and ``reference`` (plain torch, obvious; the choice for every other device). All agree in values and
+gradients. A backend is imported when it is first used.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from mtmoe.kernels import cpu, reference
 from mtmoe.kernels.dropout import dropout
 from mtmoe.kernels.plan import DispatchPlan, plan_dispatch
 
-__all__ = ["BACKENDS", "DispatchPlan", "combine", "dispatch", "dropout", "grouped_linear", "plan_dispatch"]
+__all__ = ["ACTIVATIONS", "BACKENDS", "DispatchPlan", "combine", "dispatch", "dropout", "grouped_linear", "plan_dispatch"]
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+BACKENDS = {name: f"mtmoe.kernels.{name}" for name in ("cpu", "reference", "triton")}
 """Name of a backend -> its module with ``dispatch``, ``grouped_linear`` and ``combine``."""
+
+ACTIVATIONS = ("relu", "gelu", "silu")
+"""What `grouped_linear` can do to its result; gelu is the exact one."""
 
 
 def load_backend(name: str | None, device: torch.device) -> ModuleType:
@@ -30,12 +36,22 @@ def load_backend(name: str | None, device: torch.device) -> ModuleType:
 
     Raises:
         ValueError: the name is unknown; the text lists the known ones.
+        ImportError: the backend needs a package that is not installed; the text tells how to install it.
     """
     if name is None:
         name = "cpu" if device.type == "cpu" else "reference"
+        if device.type == "cuda" and _triton_is_installed():
+            name = "triton"
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is unknown; choose one of: {', '.join(sorted(BACKENDS))}")
-    return BACKENDS[name]
+    if name == "triton" and not _triton_is_installed():
+        raise ImportError("backend='triton' needs the package triton, which is not installed: pip install mtmoe[gpu]")
+    return import_module(BACKENDS[name])
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def dispatch(x: Tensor, plan: DispatchPlan, *, backend: str | None = None) -> Tensor:
@@ -47,7 +63,8 @@ def dispatch(x: Tensor, plan: DispatchPlan, *, backend: str | None = None) -> Te
         backend: a key of `BACKENDS`; by default the best for the device.
 
     Returns:
-        (routed, d_model), like `x`: first expert's tokens first, in token order within an expert.
+        (routed, d_model), like `x`: first expert's tokens first, in token order within an expert. Rows past the plan's
+        last offset, which only a GPU's plan has, hold anything and get no gradient, here and in `grouped_linear`.
 
     Raises:
         ValueError: `x` has another number of tokens than the plan.
@@ -58,9 +75,15 @@ def dispatch(x: Tensor, plan: DispatchPlan, *, backend: str | None = None) -> Te
 
 
 def grouped_linear(
-    x: Tensor, plan: DispatchPlan, weight: Tensor, bias: Tensor | None, *, backend: str | None = None
+    x: Tensor,
+    plan: DispatchPlan,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None = None,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
-    """Apply to each group of rows the linear map of its expert.
+    """Apply to each group of rows the linear map of its expert, and an activation.
 
     Under autocast inputs are cast to the autocast type, as torch's own linear does.
 
@@ -69,13 +92,14 @@ def grouped_linear(
         plan: tells how many rows belong to each expert.
         weight: (num_experts, d_out, d_in); gets a gradient, zero for an expert without tokens.
         bias: (num_experts, d_out) or None; gets a gradient.
+        activation: one of `ACTIVATIONS`, applied to the sum; None for none.
         backend: a key of `BACKENDS`; by default the best for the device.
 
     Returns:
         (routed, d_out).
 
     Raises:
-        ValueError: the shapes do not fit each other or the plan.
+        ValueError: the shapes do not fit each other or the plan, or the activation is unknown.
     """
     if weight.dim() != 3 or weight.shape[0] != plan.num_experts or x.shape != (plan.routed, weight.shape[2]):
         raise ValueError(
@@ -84,6 +108,8 @@ def grouped_linear(
         )
     if bias is not None and bias.shape != weight.shape[:2]:
         raise ValueError(f"grouped_linear got bias {tuple(bias.shape)}; weight asks for {tuple(weight.shape[:2])}")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is unknown; choose None or one of: {', '.join(ACTIVATIONS)}")
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -92,7 +118,7 @@ def grouped_linear(
         if weight.dtype != dtype:
             raise ValueError(f"grouped_linear got x of {dtype} and weight of {weight.dtype}; cast one, or use autocast")
     return load_backend(backend, x.device).grouped_linear(  # type: ignore[no-any-return]
-        x.to(dtype), plan, weight, bias
+        x.to(dtype), plan, weight, bias, activation
     )
 
 

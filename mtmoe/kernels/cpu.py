@@ -1,7 +1,8 @@
-"""The CPU implementation: one GEMM a non-empty expert, written straight into its place, and no scatter-add.
+"""The CPU implementation: compiled kernels where they are available, else one GEMM a non-empty expert.
 
-A token's rows are found through `DispatchPlan.slot`, so both sums over choices (combine, and the backward of dispatch)
-are gathers; ``index_add`` on a CPU walks the rows one by one.
+Either way results are written straight into their place, and nothing is scattered: a token's rows are found through
+`DispatchPlan.slot`, so both sums over choices (combine, and the backward of dispatch) are gathers; ``index_add`` on a
+CPU walks the rows one by one. Sums over rows have one order, whatever the number of threads: same inputs, same bits.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from mtmoe.kernels import extension
 from mtmoe.kernels.plan import DispatchPlan
+from mtmoe.kernels.reference import ACTIVATIONS
 
 
 def dispatch(x: Tensor, plan: DispatchPlan) -> Tensor:
@@ -21,9 +24,13 @@ def dispatch(x: Tensor, plan: DispatchPlan) -> Tensor:
     return _Dispatch.apply(x, plan)  # type: ignore[no-any-return]
 
 
-def grouped_linear(x: Tensor, plan: DispatchPlan, weight: Tensor, bias: Tensor | None) -> Tensor:
+def grouped_linear(
+    x: Tensor, plan: DispatchPlan, weight: Tensor, bias: Tensor | None, activation: str | None = None
+) -> Tensor:
     """See `mtmoe.kernels.grouped_linear`."""
-    return _GroupedLinear.apply(x, plan, weight, bias)  # type: ignore[no-any-return]
+    relu = activation == "relu"
+    y: Tensor = _GroupedLinear.apply(x, plan, weight, bias, relu)
+    return y if relu or activation is None else ACTIVATIONS[activation](y)
 
 
 def combine(y: Tensor, plan: DispatchPlan, weight: Tensor) -> Tensor:
@@ -31,11 +38,25 @@ def combine(y: Tensor, plan: DispatchPlan, weight: Tensor) -> Tensor:
     return _Combine.apply(y, plan, weight)  # type: ignore[no-any-return]
 
 
+COMPILED = {(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)}
+"""Types of rows and weights that the compiled kernels take; the last is autocast, which casts weights in the cache."""
+
+
+def _compiled(x: Tensor, weight: Tensor) -> bool:
+    """Whether the compiled kernels can do this product, or (with the routing weights, fp32) this sum."""
+    even = weight.dim() < 3 or weight.shape[1] % 2 == 0 and weight.shape[2] % 2 == 0  # bf16 pairs share a word
+    return (x.dtype, weight.dtype) in COMPILED and even and extension.available()
+
+
 def _sum_choices(grouped: Tensor, plan: DispatchPlan, weight: Tensor | None) -> Tensor:
-    """Sum each token's rows, times their weights if given: (routed, d) -> (tokens, d) in the wider type."""
+    """Sum each token's rows, times their weights if given: (routed, d) -> (tokens, d), at least fp32 inside."""
+    if _compiled(grouped, grouped if weight is None else weight):
+        grouped = grouped.contiguous()
+        weight = None if weight is None else weight.contiguous()
+        return torch.ops.mtmoe.sum_choices(grouped, plan.slot, weight)  # type: ignore[no-any-return]
     dtype = torch.promote_types(grouped.dtype, torch.float32)
     if not plan.routed:
-        return grouped.new_zeros(plan.tokens, grouped.shape[1], dtype=dtype)
+        return grouped.new_zeros(plan.tokens, grouped.shape[1])
     if weight is not None:
         weight = weight.to(dtype)
     slot = plan.slot
@@ -57,7 +78,7 @@ def _sum_choices(grouped: Tensor, plan: DispatchPlan, weight: Tensor | None) -> 
     assert total is not None  # top_k is at least 1
     if not plan.complete:
         total.index_fill_(0, (own[:, 0] < 0).nonzero()[:, 0], 0)
-    return total
+    return total.to(grouped.dtype)
 
 
 class _Dispatch(Function):
@@ -69,52 +90,76 @@ class _Dispatch(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum_choices(grad, ctx.plan, None).to(grad.dtype), None
+        return _sum_choices(grad, ctx.plan, None), None
 
 
 class _GroupedLinear(Function):
-    # Under autocast x is bf16 and the weights fp32. Each expert's matrix is cast when its turn comes and its gradient
-    # is cast back at once: both stay in the cache. Casting the whole bank costs nearly as much as its GEMMs (8 experts
-    # of 256 x 512, 1000 tokens, top-2).
     @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: DispatchPlan, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, x: Tensor, plan: DispatchPlan, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         ctx.plan, ctx.has_bias = plan, bias is not None
-        y = x.new_empty(x.shape[0], weight.shape[1])
-        for expert, start, end in plan.segments:
-            matrix = weight[expert].to(x.dtype).t()
-            vector = None if bias is None else bias[expert].to(x.dtype)
-            _multiply_rows(x, start, end, matrix, vector, y)
+        if _compiled(x, weight) and (bias is None or bias.dtype == weight.dtype):
+            x, weight = x.contiguous(), weight.contiguous()
+            bias = None if bias is None else bias.contiguous()
+            y: Tensor = torch.ops.mtmoe.grouped_linear_forward(x, plan.offsets, weight, bias, relu)
+        else:
+            y = _forward_by_expert(x, plan, weight, bias)
+            if relu:
+                y.relu_()
+        ctx.save_for_backward(x, weight, y if relu else None)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        plan: DispatchPlan = ctx.plan
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
+        x, weight, y = ctx.saved_tensors
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.has_bias and ctx.needs_input_grad[3]
         grad = grad.contiguous()
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = grad_bias = None
-        # Empty experts keep zeros; when every expert has tokens each gradient is written exactly once.
-        new = torch.empty if len(plan.segments) == plan.num_experts else torch.zeros
-        if ctx.needs_input_grad[2]:
-            grad_weight = new(weight.shape, dtype=weight.dtype)
-        if ctx.has_bias and ctx.needs_input_grad[3]:
-            grad_bias = new(weight.shape[:2], dtype=weight.dtype)
-        same_type = x.dtype == weight.dtype
-        for expert, start, end in plan.segments:
-            if grad_x is not None:
-                _multiply_rows(grad, start, end, weight[expert].to(x.dtype), None, grad_x)
-            if grad_weight is not None:
-                size = _rounded(end - start, x.dtype)
-                left, right = _zero_padded(grad, start, end, size).t(), _zero_padded(x, start, end, size)
-                if same_type:
-                    torch.mm(left, right, out=grad_weight[expert])
-                else:
-                    grad_weight[expert] = torch.mm(left, right)
-            if grad_bias is not None:
-                torch.sum(grad[start:end], 0, dtype=weight.dtype, out=grad_bias[expert])
-        return grad_x, None, grad_weight, grad_bias
+        if _compiled(x, weight):
+            found = torch.ops.mtmoe.grouped_linear_backward(grad, x, y, ctx.plan.offsets, weight, *needs)
+            grad_x, grad_weight, grad_bias = (value if need else None for value, need in zip(found, needs, strict=True))
+        else:
+            if y is not None:
+                grad = torch.ops.aten.threshold_backward(grad, y, 0)
+            grad_x, grad_weight, grad_bias = _backward_by_expert(grad, x, ctx.plan, weight, *needs)
+        return grad_x, None, grad_weight, grad_bias, None
+
+
+# Under autocast x is bf16 and the weights fp32. Each expert's matrix is cast when its turn comes and its gradient is
+# cast back at once: both stay in the cache. Casting the whole bank costs nearly as much as its GEMMs (8 experts of
+# 256 x 512, 1000 tokens, top-2).
+def _forward_by_expert(x: Tensor, plan: DispatchPlan, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One GEMM for each expert that has rows."""
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    for expert, start, end in plan.segments:
+        matrix = weight[expert].to(x.dtype).t()
+        vector = None if bias is None else bias[expert].to(x.dtype)
+        _multiply_rows(x, start, end, matrix, vector, y)
+    return y
+
+
+def _backward_by_expert(
+    grad: Tensor, x: Tensor, plan: DispatchPlan, weight: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Two GEMMs for each expert that has rows."""
+    grad_x = torch.empty_like(x) if need_x else None
+    # Empty experts keep zeros; when every expert has tokens each gradient is written exactly once.
+    new = torch.empty if len(plan.segments) == plan.num_experts else torch.zeros
+    grad_weight = new(weight.shape, dtype=weight.dtype) if need_weight else None
+    grad_bias = new(weight.shape[:2], dtype=weight.dtype) if need_bias else None
+    same_type = x.dtype == weight.dtype
+    for expert, start, end in plan.segments:
+        if grad_x is not None:
+            _multiply_rows(grad, start, end, weight[expert].to(x.dtype), None, grad_x)
+        if grad_weight is not None:
+            size = _rounded(end - start, x.dtype)
+            left, right = _zero_padded(grad, start, end, size).t(), _zero_padded(x, start, end, size)
+            if same_type:
+                torch.mm(left, right, out=grad_weight[expert])
+            else:
+                grad_weight[expert] = torch.mm(left, right)
+        if grad_bias is not None:
+            torch.sum(grad[start:end], 0, dtype=weight.dtype, out=grad_bias[expert])
+    return grad_x, grad_weight, grad_bias
 
 
 ROWS = 32
@@ -156,13 +201,17 @@ class _Combine(Function):
     def forward(ctx: Any, y: Tensor, plan: DispatchPlan, weight: Tensor) -> Tensor:
         ctx.save_for_backward(y, weight)
         ctx.plan = plan
-        return _sum_choices(y, plan, weight).to(y.dtype)
+        return _sum_choices(y, plan, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
         y, weight = ctx.saved_tensors
         plan: DispatchPlan = ctx.plan
+        if _compiled(y, weight):
+            grad, y, weight = grad.contiguous(), y.contiguous(), weight.contiguous()
+            grad_y, grad_weight = torch.ops.mtmoe.combine_backward(grad, y, weight, plan.assignment)
+            return grad_y, None, grad_weight
         rows = grad.index_select(0, plan.token)  # (routed, d_model)
         grad_weight = torch.zeros_like(weight)
         dtype = torch.promote_types(y.dtype, torch.float32)

@@ -30,10 +30,10 @@ def activation_of(name: str) -> Callable[[Tensor], Tensor]:
 class ExpertBank(nn.Module):
     """`num_experts` networks ``w_out · activation(w_in · x + b_in) + b_out``, their weights stacked."""
 
-    def __init__(self, config: MoEConfig) -> None:
+    def __init__(self, config: MoEConfig, backend: str | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.activation = activation_of(config.activation)
+        self.config, self.backend = config, backend
+        activation_of(config.activation)  # an unknown name is refused here, not in the middle of training
         experts, d_model, d_ffn = config.num_experts, config.d_model, config.d_ffn
         self.w_in = nn.Parameter(torch.empty(experts, d_ffn, d_model))
         self.b_in = nn.Parameter(torch.empty(experts, d_ffn))
@@ -59,7 +59,8 @@ class ExpertBank(nn.Module):
         Returns:
             (routed, d_model), dropout included in training.
         """
-        hidden = self.activation(kernels.grouped_linear(x, plan, self.w_in, self.b_in))  # (routed, d_ffn)
+        # (routed, d_ffn)
+        hidden = kernels.grouped_linear(x, plan, self.w_in, self.b_in, self.config.activation, backend=self.backend)
         hidden = kernels.dropout(hidden, self.config.activation_dropout, self.training)
-        y = kernels.grouped_linear(hidden, plan, self.w_out, self.b_out)
+        y = kernels.grouped_linear(hidden, plan, self.w_out, self.b_out, backend=self.backend)
         return kernels.dropout(y, self.config.dropout, self.training)

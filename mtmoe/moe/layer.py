@@ -32,13 +32,18 @@ class MoELayer(nn.Module):
     """A sparse feed-forward sublayer, without layer norm and residual connection.
 
     Order: gate → capacity → gating dropout → dispatch → experts → EOM → combine → CMR → FOM.
+
+    Args:
+        config: of the layer; stored with the model.
+        backend: a key of `mtmoe.kernels.BACKENDS`, to force one; None takes the best for the device. Not stored: it
+            changes how the layer computes, not what.
     """
 
-    def __init__(self, config: MoEConfig) -> None:
+    def __init__(self, config: MoEConfig, backend: str | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.backend = config, backend
         self.gate = build_gate(config)
-        self.experts = ExpertBank(config)
+        self.experts = ExpertBank(config, backend)
         self.conditional = ConditionalRouting(config) if config.cmr else None
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> MoEOutput:
@@ -68,8 +73,8 @@ class MoELayer(nn.Module):
         # EOM hides expert outputs; hidden pairs are not worth computing, so it stands before dispatch.
         decision = mask_expert_outputs(decision, config, self.training)
         plan = kernels.plan_dispatch(decision.expert_index, config.num_experts)
-        y = self.experts(kernels.dispatch(tokens, plan), plan)
-        y = kernels.combine(y, plan, decision.weight)
+        y = self.experts(kernels.dispatch(tokens, plan, backend=self.backend), plan)
+        y = kernels.combine(y, plan, decision.weight, backend=self.backend)
 
         gates = None
         if self.conditional is not None:
