@@ -32,7 +32,8 @@ def extension() -> dict:
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        warnings.warn("no torch here, so that the CPU kernels are not compiled; pip needs --no-build-isolation for them")
+        message = "no torch here, so the CPU kernels are not compiled; pip needs --no-build-isolation for them"
+        warnings.warn(message, stacklevel=2)
         return {}
     sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "mtmoe/kernels/csrc").glob("*.cpp"))
     # The processor is asked before the file is loaded (mtmoe/kernels/extension.py).

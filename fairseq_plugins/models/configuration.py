@@ -6,8 +6,10 @@ from argparse import Namespace
 from dataclasses import MISSING, field, fields, make_dataclass
 from typing import Any
 
+from fairseq.dataclass import ChoiceEnum
 from fairseq.models.transformer import TransformerConfig
 
+from mtmoe.kernels import BACKENDS
 from mtmoe.moe.config import MoEConfig, field_help
 
 # These fields of MoEConfig come from fairseq's own options of the side that the layer is on.
@@ -25,6 +27,8 @@ def _placement_fields() -> list[tuple[str, Any, Any]]:
         "decoder_moe_freq": option(int, -1, "moe_freq of the decoder; -1 takes moe_freq"),
         "moe_ffn_embed_dim": option(int, 0, "width inside an expert; 0 takes the side's ffn_embed_dim"),
         "moe_dropout": option(float, -1.0, "dropout inside MoE layers, on expert outputs; -1 takes dropout"),
+        "moe_kernel": option(ChoiceEnum(["auto", *BACKENDS]), "auto", "implementation of the experts; auto takes cpu "
+                             "or triton by device, reference is plain torch for any"),
     }  # fmt: skip
     return [(name, kind, made) for name, (kind, made) in options.items()]
 

@@ -73,7 +73,7 @@ class MoESublayer(nn.Module):
         if getattr(cfg.quant_noise, "pq", 0) > 0:
             raise ConfigError(f"quant_noise_pq={cfg.quant_noise.pq} does not reach MoE layers; set it to 0")
         del self.fc1, self.fc2
-        self.moe = MoELayer(moe_config(cfg, side))
+        self.moe = MoELayer(moe_config(cfg, side), backend=None if cfg.moe_kernel == "auto" else cfg.moe_kernel)
         self.layer_name = f"{side}.{index}"
 
     def feed_forward(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:

@@ -44,7 +44,7 @@ COMPILED = {(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (t
 
 def _compiled(x: Tensor, weight: Tensor) -> bool:
     """Whether the compiled kernels can do this product, or (with the routing weights, fp32) this sum."""
-    even = weight.dim() < 3 or weight.shape[1] % 2 == 0 and weight.shape[2] % 2 == 0  # bf16 pairs share a word
+    even = weight.dim() < 3 or (weight.shape[1] % 2 == 0 and weight.shape[2] % 2 == 0)  # bf16 pairs share a word
     return (x.dtype, weight.dtype) in COMPILED and even and extension.available()
 
 

@@ -38,7 +38,8 @@ def available() -> bool:
 
 def processor_fits() -> bool:
     """Whether this processor has all instructions that the extension is compiled with."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.12 does not tell
+    ask = getattr(torch.cpu, "get_capabilities", None)  # older versions of torch do not tell
+    capabilities: dict[str, object] = ask() if ask is not None else {}
     return bool(capabilities.get("avx512_bf16") and capabilities.get("avx512_vl"))
 
 

@@ -126,6 +126,14 @@ def test_dropout_reaches_the_experts_unless_they_have_their_own():
     assert build(dropout=0.3, activation_dropout=0.1).decoder.layers[1].moe.config.activation_dropout == 0.1
 
 
+@pytest.mark.parametrize(("kernel", "backend"), [("auto", None), ("cpu", "cpu"), ("reference", "reference")])
+def test_a_kernel_can_be_forced(kernel, backend):
+    forced, automatic = build(moe_kernel=kernel), build()
+    moe = forced.encoder.layers[1].moe
+    assert (moe.backend, moe.experts.backend) == (backend, backend)
+    assert_close(loss_of(forced, batch()), loss_of(automatic, batch()))
+
+
 def reference_of(model: MtmoeTransformerModel) -> TransformerModelBase:
     """fairseq's own Transformer with the weights of a dense model of ours."""
     reference = TransformerModelBase.build_model(model.cfg, small_task())
