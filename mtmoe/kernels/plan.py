@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -56,14 +57,14 @@ class DispatchPlan:
     @cached_property
     def segments(self) -> tuple[tuple[int, int, int], ...]:
         """``(expert, first row, end row)`` of each expert that has rows, on the host; waits for the device."""
-        bounds = self.offsets.tolist()
-        pairs = enumerate(zip(bounds, bounds[1:], strict=False))
+        pairs = enumerate(pairwise(self.offsets.tolist()))
         return tuple((expert, start, end) for expert, (start, end) in pairs if start < end)
 
     @cached_property
     def complete(self) -> bool:
         """No choice is -1, so no masking is needed; waits for the device."""
-        return bool(self.segments) and self.segments[-1][2] == self.slot.numel() or not self.slot.numel()
+        routed = self.segments[-1][2] if self.segments else 0
+        return routed == self.slot.numel()
 
 
 def plan_dispatch(expert_index: Tensor, num_experts: int) -> DispatchPlan:
