@@ -10,7 +10,9 @@ TRAIN = ["ve-fairseq==0.12.3", "rich>=13"]
 EVAL = ["sacrebleu>=2.4", "py3langid>=0.3", "matplotlib>=3.8", "regex>=2024.1"]
 SERVE = ["fastapi>=0.110", "uvicorn>=0.29", "pydantic>=2"]
 HERE = Path(__file__).parent
+GPU = ["triton>=3.4"]
 DEV = [
+    *GPU,  # its interpreter runs the GPU kernels in the tests
     "hypothesis>=6.100",
     "import-linter>=2.0",
     "mypy>=1.10",
@@ -58,7 +60,14 @@ setup(
     packages=find_packages(include=["mtmoe", "mtmoe.*", "fairseq_plugins", "fairseq_plugins.*"]),
     package_data={"mtmoe": ["py.typed", "**/*.tsv", "kernels/csrc/*"]},
     install_requires=["torch>=2.6", "numpy>=1.26", "pyyaml>=6", "safetensors>=0.4", "sentencepiece>=0.2", "tqdm>=4.60"],
-    extras_require={"train": TRAIN, "eval": EVAL, "serve": SERVE, "dev": DEV, "all": TRAIN + EVAL + SERVE + DEV},
+    extras_require={
+        "train": TRAIN,
+        "eval": EVAL,
+        "serve": SERVE,
+        "gpu": GPU,
+        "dev": DEV,
+        "all": TRAIN + EVAL + SERVE + DEV,
+    },
     **extension(),
     entry_points={"console_scripts": ["mtmoe = mtmoe.cli:main"]},
 )

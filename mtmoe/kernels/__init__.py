@@ -4,9 +4,9 @@
 ``grouped_linear`` multiplies each group with its expert's matrix, and ``combine`` adds the weighted results up at each
 token. Nothing here is of size tokens x experts.
 
-Backends: ``cpu`` (hand-written backward, one GEMM a non-empty expert), ``triton`` (GPU kernels; the choice on CUDA where
-triton is installed) and ``reference`` (plain torch, obvious; the choice for every other device). All agree in values and
-gradients. A backend is imported when it is first used.
+Backends: ``cpu`` (hand-written backward, one GEMM a non-empty expert), ``triton`` (GPU kernels; the choice on CUDA
+where triton is installed) and ``reference`` (plain torch, obvious; the choice for every other device). All agree in
+values and gradients. A backend is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,16 @@ from torch import Tensor
 from mtmoe.kernels.dropout import dropout
 from mtmoe.kernels.plan import DispatchPlan, plan_dispatch
 
-__all__ = ["ACTIVATIONS", "BACKENDS", "DispatchPlan", "combine", "dispatch", "dropout", "grouped_linear", "plan_dispatch"]
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "DispatchPlan",
+    "combine",
+    "dispatch",
+    "dropout",
+    "grouped_linear",
+    "plan_dispatch",
+]
 
 BACKENDS = {name: f"mtmoe.kernels.{name}" for name in ("cpu", "reference", "triton")}
 """Name of a backend -> its module with ``dispatch``, ``grouped_linear`` and ``combine``."""

@@ -1,5 +1,7 @@
 """Each backend against a loop over tokens, forward and backward, and the contract that all share."""
 
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -312,14 +314,47 @@ def test_shapes_that_do_not_fit_are_refused(call, text):
         call()
 
 
+def test_unknown_activation_lists_the_known_ones():
+    with pytest.raises(ValueError, match="activation='tanh' is unknown; choose None or one of: relu, gelu, silu"):
+        kernels.grouped_linear(torch.zeros(5, 2), PLAN, torch.zeros(3, 6, 2), None, "tanh")
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+def test_activation_is_applied_to_the_sum(backend, activation):
+    case = Inputs(tokens=9, top_k=2, num_experts=4, d_in=3, d_out=2, unrouted=0.2, skew=1.0, seed=1)
+
+    def run(fused):
+        rows, matrix, bias = (value.clone().requires_grad_() for value in (case.rows_in, case.matrix, case.bias))
+        y = kernels.grouped_linear(rows, case.plan, matrix, bias, activation if fused else None, backend=backend)
+        y = y if fused else getattr(F, activation)(y)
+        return with_gradients(y, case.direction_rows, {"x": rows, "weight": matrix, "bias": bias})
+
+    assert_all_close(run(True), run(False), torch.float64)
+
+
 def test_unknown_backend_lists_the_known_ones():
     with pytest.raises(ValueError, match="backend='cuda' is unknown; choose one of: cpu, plain, reference, triton"):
         kernels.dispatch(torch.zeros(3, 2), PLAN, backend="cuda")
 
 
+@pytest.mark.parametrize("installed", [True, False])
 @pytest.mark.parametrize(("device", "name"), [("cpu", "cpu"), ("cuda", "triton"), ("meta", "reference")])
-def test_default_backend_of_a_device(device, name):
-    assert kernels.load_backend(None, torch.device(device)).__name__ == f"mtmoe.kernels.{name}"
+def test_default_backend_of_a_device(device, name, installed, monkeypatch):
+    monkeypatch.setattr(kernels, "_triton_is_installed", lambda: installed)
+    expected = "reference" if name == "triton" and not installed else name
+    assert kernels.load_backend(None, torch.device(device)).__name__ == BACKENDS[expected]
+
+
+def test_triton_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(kernels, "_triton_is_installed", lambda: False)
+    with pytest.raises(ImportError, match=r"needs the package triton.*pip install mtmoe\[gpu\]"):
+        kernels.load_backend("triton", torch.device("cpu"))
+
+
+def test_kernels_need_no_triton():
+    code = "import sys, mtmoe.kernels as kernels; kernels.load_backend('cpu', None); assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_autograd_is_needed():
