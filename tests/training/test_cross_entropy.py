@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from mtmoe.kernels import extension
 from mtmoe.training import cross_entropy
 from mtmoe.training.cross_entropy import label_smoothed_cross_entropy, label_smoothed_cross_entropy_from_logits
 
@@ -126,3 +127,36 @@ def test_wrong_shapes_and_eps_are_refused():
         label_smoothed_cross_entropy(x, w, target[:5])
     with pytest.raises(ValueError, match=r"label_smoothing=1\.0 must be in"):
         label_smoothed_cross_entropy(x, w, target, 1.0)
+
+
+@pytest.mark.skipif(not extension.available(), reason="the C++ extension is not compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [2, 17, 1003])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_compiled_rows_agree_with_plain_torch(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, vocabulary: int, smoothing: float
+) -> None:
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(50, vocabulary)).to(dtype)
+    logits[3] *= 40  # far apart: exponentials that vanish
+    target = torch.randint(0, vocabulary, (50,))
+    target[::7] = -100
+    results = []
+    for compiled in (True, False):
+        monkeypatch.setattr(extension, "available", lambda compiled=compiled: compiled)
+        x = logits.clone().requires_grad_()
+        loss, nll = label_smoothed_cross_entropy_from_logits(x, target, smoothing)
+        loss.backward()
+        results.append((loss.detach(), nll, x.grad))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5 if ours.dtype == torch.float32 else 1e-2, atol=1e-4)
+
+
+@pytest.mark.skipif(not extension.available(), reason="the C++ extension is not compiled")
+def test_compiled_rows_pass_on_what_is_not_finite() -> None:
+    logits = torch.zeros(2, 9)
+    logits[1, 4] = torch.nan
+    loss, nll = label_smoothed_cross_entropy_from_logits(logits, torch.tensor([1, 4]), 0.1)
+    assert loss.isnan() and nll.isnan().tolist() == [False, True]
+    with pytest.raises(IndexError, match="outside"):
+        label_smoothed_cross_entropy_from_logits(logits, torch.tensor([1, 9]), 0.1)
