@@ -19,19 +19,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from mtmoe.kernels.attention import attend
 from mtmoe.kernels.dropout import dropout
+from mtmoe.kernels.linear import feed_forward, linear
 from mtmoe.kernels.plan import DispatchPlan, plan_dispatch
+from mtmoe.kernels.residual import residual_add, residual_norm
 
 __all__ = [
-    "ACTIVATIONS",
-    "BACKENDS",
-    "DispatchPlan",
-    "combine",
-    "dispatch",
-    "dropout",
-    "grouped_linear",
-    "plan_dispatch",
-]
+    "ACTIVATIONS", "BACKENDS", "DispatchPlan", "attend", "combine", "dispatch", "dropout", "feed_forward", "grouped_linear",
+    "linear", "plan_dispatch", "residual_add", "residual_norm",
+]  # fmt: skip
 
 BACKENDS = {name: f"mtmoe.kernels.{name}" for name in ("cpu", "reference", "triton")}
 """Name of a backend -> its module with ``dispatch``, ``grouped_linear`` and ``combine``."""
