@@ -1,119 +1,230 @@
-"""Time the MoE layer against a dense feed-forward network of the same FLOPs, forward and backward.
+"""Time the MoE layer beside its peers, a dense network of the same FLOPs and the machine's limits.
 
-Both run alternately in one process, so that a change of the machine's speed meets both alike; compare ratios, not
-milliseconds. The layers compute the same function here (every expert holds the dense network's weights), and their
-outputs are compared before anything is timed.
+Every peer gets the same weights and tokens; its output and its gradient of the input are compared with a plain loop over
+experts in fp32 first, and a peer that is off is named and not timed. The others run in turn within one process. Look at
+the ratios; milliseconds are this machine's.
 
-    OMP_NUM_THREADS=2 python benchmarks/layer.py --experts 8,32,128 --tokens 2048 --d-model 512 --d-ffn 2048
+    python -m benchmarks.layer                  the goals' shapes and the curve over experts: 10 minutes on 2 cores
+    python -m benchmarks.layer --grid full      every combination: many hours; goes on where it was stopped
+    python -m benchmarks.layer --device cuda --zero-biases      the same on a GPU, beside MegaBlocks and Tutel
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks import cases, plots, report
+from benchmarks.cases import PASSES, Case
+from benchmarks.compare import check, expected_results
+from benchmarks.limits import limit_runs, limits, rates
+from benchmarks.machine import describe, restart_with_quick_environment
+from benchmarks.peers import PEERS, Built, Unavailable, available_bytes, leaf, make_weights, touched_experts
+from benchmarks.store import Store
+from benchmarks.timing import alternate, device_clock, peak_memory
 from mtmoe.files import write_json
-from mtmoe.moe import MoEConfig, MoELayer
+
+CURVE_PEERS = ("ours", "dense", "deepspeed", "deepspeed_dropless")
 
 
-class SameFlops(nn.Module):
-    """The dense network applied `top_k` times: what a token's experts cost without any routing."""
+def measure(case: Case, peers: Iterable[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Compare, weigh and time all peers on one case.
 
-    def __init__(self, d_model: int, d_ffn: int, top_k: int) -> None:
-        super().__init__()
-        self.top_k = top_k
-        self.fc1, self.fc2 = nn.Linear(d_model, d_ffn), nn.Linear(d_ffn, d_model)
+    Returns:
+        ``peers``: name -> ``status`` (ok, wrong or unavailable), ``reason``, ``comparison``, ``memory_bytes``, and for
+        each pass ``median``, ``min`` and ``rounds``; ``limits``: pass -> seconds; ``rates``; ``touched_experts``.
+    """
+    weights, x = make_weights(case, zero_biases=args.zero_biases)
+    expected = expected_results(case, weights, x)
+    touched = touched_experts(x, weights, case.top_k)
+    found: dict[str, dict[str, Any]] = {}
+    ready: dict[str, Built] = {}
+    for name in peers:
+        found[name], built = prepare(name, lambda name=name: PEERS[name](case, weights), case, x, expected)
+        if built is not None:
+            ready[name] = built
+    del expected
+    for name, built in ready.items():
+        found[name]["memory_bytes"] = peak_memory(pass_of(built, case, x, "forward_backward"), case.device)
+        forget_gradients(ready.values())
+    machine: dict[str, float] = {}
+    least: dict[str, dict[str, float]] = {}
+    for which in args.passes:
+        runs: dict[str, Callable[[], object]] = {
+            name: pass_of(built, case, x, which) for name, built in ready.items()
+        }
+        times = alternate(
+            {**runs, **limit_runs(case)},
+            rounds=args.rounds,
+            budget=args.budget,
+            warmup=args.warmup,
+            reset=lambda: forget_gradients(ready.values()),
+            clock=device_clock(case.device),
+        )
+        machine = rates(case, times)
+        least[which] = limits(case, which, touched, machine)
+        for name in ready:
+            found[name][which] = asdict(times[name])
+    forget_gradients(ready.values())
+    return {"peers": found, "limits": least, "rates": machine, "touched_experts": touched}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(tokens, d_model) -> (tokens, d_model): the mean of `top_k` equal passes, as the gate's weights sum to 1."""
-        x = x.repeat(self.top_k, 1)
-        return self.fc2(torch.relu(self.fc1(x))).view(self.top_k, -1, x.shape[1]).mean(0)
+
+def prepare(
+    name: str, build: Callable[[], Built], case: Case, x: Tensor, expected: dict[str, Any]
+) -> tuple[dict[str, Any], Built | None]:
+    """Build a peer and compare it; None instead of the peer if it must not be timed. Whatever fails is its own."""
+    try:
+        built = build()
+        comparisons = check(built, case, x, expected)
+    except Unavailable as error:
+        return {"status": "unavailable", "reason": str(error)}, None
+    except Exception as error:
+        return {"status": "unavailable", "reason": f"{type(error).__name__}: {error}"[:300]}, None
+    found: dict[str, Any] = {"comparison": {key: asdict(value) for key, value in comparisons.items()}}
+    wrong = [key for key, value in comparisons.items() if not value.ok]
+    if wrong:
+        worst = max(comparisons[key].rows_off for key in wrong)
+        reason = f"{' and '.join(wrong)} off for {100 * worst:.1f} % of the tokens; not timed"
+        return {"status": "wrong", "reason": reason, **found}, None
+    return {"status": "ok", **found}, built
 
 
-def make_pair(config: MoEConfig) -> tuple[MoELayer, SameFlops]:
-    """A MoE layer and the dense network that all its experts are copies of."""
-    sparse, dense = MoELayer(config), SameFlops(config.d_model, config.d_ffn, config.top_k)
-    with torch.no_grad():
-        for stacked, single in (
-            (sparse.experts.w_in, dense.fc1.weight),
-            (sparse.experts.b_in, dense.fc1.bias),
-            (sparse.experts.w_out, dense.fc2.weight),
-            (sparse.experts.b_out, dense.fc2.bias),
-        ):
-            stacked.copy_(single.expand_as(stacked))
-    return sparse, dense
+def pass_of(built: Built, case: Case, x: Tensor, which: str) -> Callable[[], object]:
+    """What is timed: a forward pass without gradients, or forward and backward with those of input and weights."""
+    call = built.timed or built.call
+    gradient = torch.ones(case.tokens, case.d_model, device=case.device, dtype=case.compute_dtype)
+
+    def forward() -> Tensor:
+        with torch.no_grad(), torch.autocast(case.device, torch.bfloat16, enabled=case.autocast):
+            return call(x)
+
+    def forward_backward() -> None:
+        rows = leaf(x)
+        with torch.autocast(case.device, torch.bfloat16, enabled=case.autocast):
+            y = call(rows)
+        y.backward(gradient.to(y.dtype))
+
+    return forward if which == "forward" else forward_backward
 
 
-def one_pass(layer: Callable[[Tensor], Tensor], x: Tensor, autocast: bool) -> Tensor:
-    """Forward and backward, gradients of inputs and weights included."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = layer(x)
-    y.float().square().mean().backward()
-    return y.detach()
+def forget_gradients(peers: Iterable[Built]) -> None:
+    """Set the gradients of all parameters to None."""
+    for built in peers:
+        for parameter in built.parameters:
+            parameter.grad = None
 
 
-def measure(args: argparse.Namespace, experts: int, autocast: bool) -> dict[str, object]:
-    """Median times of both, in alternating rounds."""
-    config = MoEConfig(d_model=args.d_model, d_ffn=args.d_ffn, num_experts=experts, top_k=args.top_k)
-    torch.manual_seed(args.seed)
-    sparse, dense = make_pair(config)
-    x = torch.randn(args.tokens, args.d_model, requires_grad=True)
-    runs: dict[str, Callable[[Tensor], Tensor]] = {"moe": lambda x: sparse(x).y, "dense": dense}
-    outputs = {name: one_pass(run, x, autocast) for name, run in runs.items()}
-    tolerance = 0.05 if autocast else 1e-4
-    torch.testing.assert_close(outputs["moe"].float(), outputs["dense"].float(), atol=tolerance, rtol=tolerance)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(args.warmup + args.rounds):
-        for name, run in runs.items():
-            for module in (sparse, dense):
-                module.zero_grad()
+def too_large(case: Case) -> str | None:
+    """Why a case does not fit in memory, or None.
+
+    At its peak a case holds the weights, their fp32 copies and gradients for the comparison, or the gradients of one
+    peer and its copies in the compute type, and activations of 6 x (tokens, top_k, d_ffn).
+    """
+    wide = case.num_experts * 2 * case.d_model * case.d_ffn * 4
+    needed = case.weight_bytes() + 2 * wide + 6 * case.tokens * case.top_k * case.d_ffn * 4
+    free = available_bytes(case)
+    if needed > 0.9 * free:
+        return f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+    return None
+
+
+def run_cases(
+    title: str, wanted: Iterable[Case], peers: tuple[str, ...], store: Store, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Measure the cases that are not done yet; return the records of all of them."""
+    machine = describe(args.device)
+    records = []
+    for case in wanted:
+        if args.device != "cpu":
+            case = replace(case, device=args.device)
+        settings = {"passes": list(args.passes), "rounds": args.rounds, "peers": list(peers)}
+        key = {"case": case.as_dict(), "settings": settings, "machine": machine}
+        if key not in store:
+            reason = too_large(case)
+            if reason is not None:
+                print(f"{title}: {case}: skipped: {reason}", flush=True)
+                continue
             started = time.perf_counter()
-            one_pass(run, x, autocast)
-            if turn >= args.warmup:
-                times[name].append(1e3 * (time.perf_counter() - started))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        "experts": experts,
-        "dtype": "bf16 autocast" if autocast else "fp32",
-        "moe_ms": round(medians["moe"], 2),
-        "dense_ms": round(medians["dense"], 2),
-        "ratio": round(medians["moe"] / medians["dense"], 3),
+            store.add(key, **measure(case, peers, args))
+            gc.collect()
+            line = report.summary(store[key])
+            print(f"{title}: {case}: {line} [{time.perf_counter() - started:.0f} s]", flush=True)
+        records.append(store[key])
+    return records
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--grid", choices=("default", "headline", "curve", "full", "smoke"), default="default",
+                        help="what to measure; default is headline and curve")  # fmt: skip
+    parser.add_argument("--dtypes", default="", help="only these of fp32, bf16 and autocast, with commas")
+    parser.add_argument("--experts", default="", help="only these numbers of experts, with commas")
+    parser.add_argument("--peers", default="", help=f"only these of {', '.join(PEERS)}, with commas")
+    parser.add_argument("--passes", default="forward,forward_backward", help="(default: %(default)s)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(default: %(default)s)")
+    parser.add_argument("--zero-biases", action="store_true", help="for peers whose experts have no biases")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before those (default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=1.5, help="seconds that a peer may take in the rounds of a "
+                        "case; slower ones get fewer rounds, but two (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes OMP_NUM_THREADS")
+    parser.add_argument("--allocator", choices=("auto", "system"), default="auto",
+                        help="auto preloads tcmalloc where it is installed, as mtmoe train does")  # fmt: skip
+    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="(default: %(default)s)")
+    args = parser.parse_args(arguments)
+    args.passes = tuple(name for name in PASSES if name in args.passes.split(","))
+    unknown = set(filter(None, args.peers.split(","))) - PEERS.keys()
+    if unknown or not args.passes:
+        parser.error(f"unknown peers or passes; peers are {', '.join(PEERS)}; passes are {', '.join(PASSES)}")
+    return args
+
+
+def selection(args: argparse.Namespace) -> dict[str, tuple[list[Case], tuple[str, ...]]]:
+    """Title -> the cases and peers that the command line asks for."""
+    grids = {
+        "headline": (cases.HEADLINE, tuple(PEERS)),
+        "curve": (cases.CURVE, CURVE_PEERS),
+        "full": (tuple(cases.full_grid()), tuple(PEERS)),
+        "smoke": (cases.SMOKE, tuple(PEERS)),
     }
+    titles = ("headline", "curve") if args.grid == "default" else (args.grid,)
+    chosen = {}
+    for title in titles:
+        wanted, peers = grids[title]
+        wanted = [case for case in wanted if not args.dtypes or case.dtype in args.dtypes.split(",")]
+        experts = {int(word) for word in args.experts.split(",") if word}
+        wanted = [case for case in wanted if not experts or case.num_experts in experts]
+        chosen[title] = (wanted, tuple(name for name in peers if not args.peers or name in args.peers.split(",")))
+    return chosen
 
 
 def main() -> int:
-    """Parse, measure, print a table, and write it as JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", default="8,32", help="numbers of experts, with commas (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens in a batch (default: %(default)s)")
-    parser.add_argument("--d-model", type=int, default=512, help="width of a token (default: %(default)s)")
-    parser.add_argument("--d-ffn", type=int, default=2048, help="width inside an expert (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=2, help="experts a token (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=4, help="rounds before those (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of weights and tokens (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
-    args = parser.parse_args()
-    print(f"{args.tokens} tokens, d_model {args.d_model}, d_ffn {args.d_ffn}, top-{args.top_k}, forward + backward")
-    print(f"{torch.get_num_threads()} threads, median of {args.rounds} alternating rounds")
-    print(f"{'experts':>8} {'type':>14} {'MoE':>10} {'dense':>10} {'MoE / dense':>12}")
-    rows = []
-    for autocast in (True, False):
-        for experts in (int(word) for word in args.experts.split(",")):
-            row = measure(args, experts, autocast)
-            rows.append(row)
-            times = f"{row['moe_ms']:>7} ms {row['dense_ms']:>7} ms"
-            print(f"{row['experts']:>8} {row['dtype']:>14} {times} {row['ratio']:>12}")
-    if args.output:
-        settings = {name: value for name, value in vars(args).items() if name != "output"}
-        write_json(args.output, {"settings": settings, "threads": torch.get_num_threads(), "rows": rows})
+    """Parse, measure, print tables, and write Markdown, JSON and plots."""
+    args = parse()
+    if args.allocator == "auto" and args.device == "cpu":
+        restart_with_quick_environment("benchmarks.layer")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    store = Store(args.output / "layer.jsonl")
+    records = {
+        title: run_cases(title, wanted, peers, store, args) for title, (wanted, peers) in selection(args).items()
+    }
+    text = report.layer_report(describe(args.device), records)
+    print(text)
+    (args.output / "layer.md").write_text(text, encoding="utf-8")
+    write_json(args.output / "layer.json", records)
+    plots.plot_layer(records, args.output)
+    print(f"written to {args.output}: layer.md, layer.json, layer.jsonl and the plots")
     return 0
 
 
