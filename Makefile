@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_VENV ?= .venv-bench
+BENCH = OMP_NUM_THREADS=$(THREADS) $(BENCH_VENV)/bin/python -m
+BENCH_STAMP := $(BENCH_VENV)/.installed
 THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help setup demo test test-fast lint bench clean
+.PHONY: help setup demo test test-fast lint bench bench-setup bench-gpu bench-step bench-training clean
 
 help:
 	@echo "make setup      install mtmoe with everything it needs into $(VENV)"
@@ -13,8 +16,9 @@ help:
 	@echo "make test       linters and all tests, with coverage (under 20 minutes on 2 cores)"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make lint       ruff, mypy and the import contracts"
-	@echo "make bench      time the MoE layer against a dense layer of the same FLOPs"
-	@echo "make clean      remove $(VENV), caches and build folders; runs/ stays"
+	@echo "make bench      time the MoE layer against its peers, in $(BENCH_VENV) (10 minutes on 2 cores)"
+	@echo "make bench-step, make bench-training, make bench-gpu    whole steps, fairseq-train end to end, the layer on a GPU"
+	@echo "make clean      remove $(VENV), $(BENCH_VENV), caches and build folders; runs/ stays"
 
 setup: $(STAMP)
 
@@ -41,9 +45,33 @@ test: lint
 test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses=$(THREADS) --dist=loadfile -m "not slow"
 
-bench: setup
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python benchmarks/layer.py
+# The peers have an environment of their own: their dependencies are no business of mtmoe's. DeepSpeed's setup imports
+# torch, so it cannot be built in isolation; its compiled operators are not needed on a CPU.
+bench-setup: $(BENCH_STAMP)
+
+$(BENCH_STAMP): requirements.lock benchmarks/requirements.txt setup.py
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation --requirement benchmarks/requirements.txt
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# BENCH_ARGS takes more options, such as BENCH_ARGS="--grid full".
+bench: bench-setup
+	$(BENCH) benchmarks.layer $(BENCH_ARGS)
+
+bench-step: bench-setup
+	$(BENCH) benchmarks.step $(BENCH_ARGS)
+
+bench-training: bench-setup
+	$(BENCH) benchmarks.training $(BENCH_ARGS)
+
+# In $(VENV), or any environment whose torch sees a GPU: make bench-gpu GPU_PYTHON=python
+GPU_PYTHON ?= $(BIN)/python
+bench-gpu:
+	$(GPU_PYTHON) -m benchmarks.layer --device cuda --zero-biases --output runs/bench-gpu $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
+	rm -rf $(VENV) $(BENCH_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,8 +15,8 @@ TOLERANCE = {
     "gradient": {torch.float32: 1e-4, torch.bfloat16: 0.12},
 }
 """Largest error of a row, as a share of the expected row's length: some 1,000 rounding units of fp32 and 5 of bf16. Two
-experts exchanged, or a weight missing, are off by 0.3 and more. A peer that rounds a product to bf16 before it adds the
-bias moves one hidden unit in 500 across ReLU's corner, which is 6 % of a gradient's length and not an error of the peer."""
+experts exchanged, or a weight missing, are off by 0.3 and more. A peer that rounds a product to bf16 before it adds
+the bias moves one hidden unit in 500 across ReLU's corner: 6 % of a gradient's length, and not an error of the peer."""
 
 ROWS_OFF = {torch.float32: 0.002, torch.bfloat16: 0.02}
 """Share of tokens that may be off: where two experts' logits are equal to within rounding, peers choose differently."""

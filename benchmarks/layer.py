@@ -1,8 +1,8 @@
 """Time the MoE layer beside its peers, a dense network of the same FLOPs and the machine's limits.
 
-Every peer gets the same weights and tokens; its output and its gradient of the input are compared with a plain loop over
-experts in fp32 first, and a peer that is off is named and not timed. The others run in turn within one process. Look at
-the ratios; milliseconds are this machine's.
+Every peer gets the same weights and tokens; its output and its gradient of the input are compared with a plain loop
+over experts in fp32 first, and a peer that is off is named and not timed. The others run in turn within one process.
+Look at the ratios; milliseconds are this machine's.
 
     python -m benchmarks.layer                  the goals' shapes and the curve over experts: 10 minutes on 2 cores
     python -m benchmarks.layer --grid full      every combination: many hours; goes on where it was stopped

@@ -1,9 +1,9 @@
 """The systems that are compared, each built from the same weights.
 
-A peer is a function from (case, weights) to a `Built`: what to call, and the tensors that get gradients. It imports what
-it needs itself and raises `Unavailable` where it cannot run, so that one missing package leaves the others working.
-Where a peer keeps a parameter for each expert, that parameter is a view of the stacked weights: the weights exist once,
-however many peers there are.
+A peer is a function from (case, weights) to a `Built`: what to call, and the tensors that get gradients. It imports
+what it needs itself and raises `Unavailable` where it cannot run, so that one missing package leaves the others
+working. Where a peer keeps a parameter for each expert, that parameter is a view of the stacked weights: the weights
+exist once, however many peers there are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,7 +86,8 @@ def make_weights(case: Case, seed: int = 1, zero_biases: bool = False) -> tuple[
         b_out=uniform(experts, d_model, fan_in=d_ffn),
     )
     if zero_biases:
-        weights.b_in.zero_(), weights.b_out.zero_()
+        weights.b_in.zero_()
+        weights.b_out.zero_()
     x = torch.randn(case.tokens, d_model, generator=generator, device=case.device).to(case.weight_dtype)
     return weights, x
 
@@ -225,7 +227,8 @@ def hugging_face(case: Case, weights: Weights) -> Built:
     if not version.startswith("4."):
         raise Unavailable(f"transformers {version}: NllbMoe of 5.x is wrong, install 4.57.x")
     # One tensor of (experts, tokens, d_model), and a copy of it for each in-place write that backward undoes.
-    if (needed := 4 * case.num_experts * case.tokens * case.d_model * case.weight_dtype.itemsize) > available_bytes(case):
+    needed = 4 * case.num_experts * case.tokens * case.d_model * case.weight_dtype.itemsize
+    if needed > available_bytes(case):
         raise Unavailable(f"needs about {needed / 2**30:.0f} GiB for (experts, tokens, d_model) tensors")
     config = module.NllbMoeConfig(
         d_model=case.d_model,
@@ -359,8 +362,7 @@ def available_bytes(case: Case) -> int:
     """Memory that is free on the device of a case."""
     if case.device != "cpu":
         return torch.cuda.mem_get_info()[0]
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        fields = dict(line.split(":") for line in lines)
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
     return 1024 * int(fields["MemAvailable"].split()[0])
 
 

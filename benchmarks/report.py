@@ -134,7 +134,8 @@ def left_out(records: Iterable[Record]) -> str:
             if peer["status"] != "ok":
                 reasons.setdefault((name, peer["reason"]), []).append(" ".join(case_cells(record)[1:]))
     return "".join(
-        f"- {TITLES[name]}: {reason} ({'; '.join(dict.fromkeys(where))}).\n" for (name, reason), where in reasons.items()
+        f"- {TITLES[name]}: {reason} ({'; '.join(dict.fromkeys(where))}).\n"
+        for (name, reason), where in reasons.items()
     )
 
 

@@ -1,9 +1,9 @@
 """Time whole training steps of a 6 + 6 layer model: forward, backward, clipping and optimiser, dense against MoE.
 
 All models have the same active FLOPs: the MoE ones have experts of half the dense width, two for each token, in every
-second layer. `fairseq` is its own Transformer, loss and Adam in fp32; the others are this project's, under bf16 autocast
-unless named fp32. They run in turn within one process, so all have the same allocator; in a real run only ours asks for
-tcmalloc, which `benchmarks.training` shows.
+second layer. `fairseq` is its own Transformer, loss and Adam in fp32; the others are this project's, under bf16
+autocast unless named fp32. They run in turn within one process, so all have the same allocator; in a real run only ours
+asks for tcmalloc, which `benchmarks.training` shows.
 
     python -m benchmarks.step
 """
@@ -81,7 +81,7 @@ def make_batch(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plain_fairseq(args: argparse.Namespace, task: Any) -> tuple[Any, Any, Any]:
-    """fairseq's own model, loss and optimiser."""
+    """Fairseq's own model, loss and optimiser."""
     options = Namespace(**sizes(args))
     base_architecture(options)
     model = TransformerModel.build_model(options, task)
@@ -146,10 +146,10 @@ def report(machine: dict[str, Any], args: argparse.Namespace, rows: dict[str, di
     ]
     header = ["model", "million parameters", "x dense", "x fairseq", "target words/s", "ms", "least ms"]
     return (
-        f"# One training step\n\n{machine_line(machine)}\n\n{args.layers} + {args.layers} layers, d_model {args.d_model}, "
-        f"d_ffn {args.d_ffn} (experts: two of {args.d_ffn // 2} a token in every second layer), vocabulary "
-        f"{args.vocabulary}, {args.sentences} sentences of up to {args.length} tokens; medians of {args.rounds} rounds in "
-        f"turn. Larger is faster in the columns with x.\n\n{table(header, cells)}"
+        f"# One training step\n\n{machine_line(machine)}\n\n{args.layers} + {args.layers} layers, "
+        f"d_model {args.d_model}, d_ffn {args.d_ffn} (experts: two of {args.d_ffn // 2} a token in every second layer), "
+        f"vocabulary {args.vocabulary}, {args.sentences} sentences of up to {args.length} tokens; medians of {args.rounds} rounds "
+        f"in turn. Larger is faster in the columns with x.\n\n{table(header, cells)}"
     )
 
 

@@ -1,8 +1,8 @@
 """Words a second of `fairseq-train`, end to end, and the loss curves beside them.
 
-Plain fairseq (its Transformer, loss and Adam, fp32, the system's allocator) against our dense model and MoE models of the
-same active FLOPs, as `mtmoe train` would run them. All see the same batches in the same order: plain fairseq runs with
-our task, too, since its own multilingual task draws other batches; the time that this task takes is in all figures alike.
+Plain fairseq (its Transformer, loss and Adam, fp32, the system's allocator) against our dense model and MoE models of
+the same active FLOPs, as `mtmoe train` would run them. All see the same batches in the same order: plain fairseq runs
+with our task, too, since its own multilingual task draws other batches; the time of this task is in all figures.
 `fairseq-own-task` is fairseq with its translation_multi_simple_epoch as well, for the speed alone.
 
 The systems run in turn, a slice of updates each, and go on from their checkpoints: A B C A B C.
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -130,13 +131,15 @@ def train_slice(name: str, config: TrainConfig, until: int) -> list[dict[str, An
     environment["PYTHONPATH"] = f"{ROOT}:{environment.get('PYTHONPATH', '')}".rstrip(":")
     status = run_process(build_command(config, max_update=until), environment, line)
     write_text(config.folder / "train.log", "\n".join(lines) + "\n")
+    if status in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+        sys.exit(status)  # the user stopped it; the next run goes on with this slice
     if status:
         raise RuntimeError(f"{name} ended with status {status}:\n" + "\n".join(lines[-15:]))
     return records
 
 
 def speeds(records: Sequence[Mapping[str, Any]], start: int, warm: int) -> list[float]:
-    """Target words/s of each logged interval of a slice that began at update `start`, without the first `warm` updates."""
+    """Target words/s of each logged interval of a slice that began at `start`, without the first `warm` updates."""
     return [
         record["wps"] for record in records
         if record["kind"] == "train_inner" and record["num_updates"] > start + warm and "wps" in record
@@ -156,7 +159,7 @@ def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, fl
 def run_data(
     data: Path, chosen: Sequence[str], args: argparse.Namespace, say: Callable[[str], None] = print
 ) -> dict[str, dict[str, Any]]:
-    """Train all systems on some data in turn; what was measured is kept in the folder, and a rerun goes on from there."""
+    """Train all systems on some data in turn; what was measured is kept, and a rerun goes on from there."""
     root = args.output / "training" / name_of(data)
     path = root / "slices.json"
     settings = {"slice": args.slice, "warm": args.warm, "log_interval": args.log_interval, "threads": args.threads,
@@ -203,7 +206,9 @@ def summarise(slices: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, di
         rates = [rate for part in parts for rate in part["words_per_second"]]
         if not rates:
             continue
-        joined = {split: [tuple(point) for part in parts for point in part["curves"][split]] for split in ("train", "valid")}
+        joined = {
+            split: [tuple(point) for part in parts for point in part["curves"][split]] for split in ("train", "valid")
+        }
         each = [statistics.median(part["words_per_second"]) for part in parts if part["words_per_second"]]
         found[name] = {"words_per_second": statistics.median(rates), "slices": each, "curves": joined}
     return found
@@ -212,9 +217,9 @@ def summarise(slices: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, di
 def report(machine: dict[str, Any], args: argparse.Namespace, results: Mapping[str, Mapping[str, Any]]) -> str:
     """The report as Markdown."""
     parts = [
-        f"# Training, end to end\n\n{machine_line(machine)}\n\n3 + 2 layers, d_model 256, d_ffn 1024 (experts: two of 512 a "
-        f"token in every second layer), {args.slices} slices of {args.slice} updates each, in turn; medians of the target "
-        f"words/s of {args.log_interval} updates each, without a slice's first {args.warm}.\n"
+        f"# Training, end to end\n\n{machine_line(machine)}\n\n3 + 2 layers, d_model 256, d_ffn 1024 (experts: two of "
+        f"512 a token in every second layer), {args.slices} slices of {args.slice} updates each, in turn; medians of "
+        f"the target words/s of {args.log_interval} updates each, without a slice's first {args.warm}.\n"
     ]
     for data, rows in results.items():
         plain, dense = (rows.get(name, {}).get("words_per_second") for name in ("fairseq", "dense"))
@@ -255,7 +260,8 @@ def main() -> int:
     parser.add_argument("--systems", default="fairseq,dense,moe8,moe32",
                         help=f"of {', '.join(SYSTEMS)}, with commas (default: %(default)s)")  # fmt: skip
     for name, default, text in (
-        ("slices", 3, "turns"), ("slice", 200, "updates in a turn"), ("warm", 50, "updates of a slice that do not count"),
+        ("slices", 3, "turns"), ("slice", 200, "updates in a turn"),
+        ("warm", 50, "updates of a slice that do not count"),
         ("log-interval", 10, "updates between two lines of the log"), ("threads", 0, "CPU threads; 0 = all"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: %(default)s)")

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reference import moe as slow
+
 from benchmarks import layer, peers
 from benchmarks.cases import DTYPES, HEADLINE, Case, full_grid
 from benchmarks.compare import check, compare, expected_results
 from benchmarks.peers import Built, Unavailable, Weights, experts_loop, make_weights
 from benchmarks.store import Store
-from reference import moe as slow
-
 from mtmoe.moe import MoEConfig
 
 SMALL = Case(num_experts=4, tokens=64, d_model=64, d_ffn=256)

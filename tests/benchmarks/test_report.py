@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from benchmarks import plots, report
 
 
@@ -47,13 +48,15 @@ def test_the_larger_limit_binds():
 def test_a_table_has_the_ratios_and_names_who_was_not_timed():
     text = report.layer_report(MACHINE, {"headline": [record(), record(experts=32, hugging_face=False)]})
     first = next(line for line in text.splitlines() if line.startswith("| 2048"))
-    assert [cell.strip() for cell in first.split("|")[4:-1]] == ["**1.20**", "1.80", "20.00", "1.50", "2.0", "bandwidth"]
+    cells = [cell.strip() for cell in first.split("|")[4:-1]]
+    assert cells == ["**1.20**", "1.80", "20.00", "1.50", "2.0", "bandwidth"]
     assert "Hugging Face NllbMoeSparseMLP: output off for 50.0 % of the tokens (bf16 32)" in text
     assert "tutel" not in text
 
 
 def test_plots_are_written(tmp_path: Path):
-    groups = {"headline": [record(), record("fp32")], "curve": [record(experts=4), record(experts=8, hugging_face=False)]}
+    curve = [record(experts=4), record(experts=8, hugging_face=False)]
+    groups = {"headline": [record(), record("fp32")], "curve": curve}
     plots.plot_layer(groups, tmp_path)
     plots.plot_losses({"a": {"train": [(1, 2.0), (2, 1.0)], "valid": []}}, tmp_path / "loss.svg")
     assert sorted(path.name for path in tmp_path.glob("*.svg")) == ["layer-experts.svg", "layer-ratios.svg", "loss.svg"]

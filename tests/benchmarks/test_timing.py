@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from benchmarks.machine import code_fingerprint, quick_environment
 from benchmarks.timing import Times, alternate, peak_memory
 

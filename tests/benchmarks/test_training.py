@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+
 from benchmarks import training
 
 
@@ -27,7 +28,8 @@ def test_slices_are_joined():
     assert list(found) == ["dense"]
     assert found["dense"]["words_per_second"] == 120.0
     assert found["dense"]["slices"] == [110.0, 200.0]
-    assert found["dense"]["curves"] == {"train": [(210, 5.0), (250, 4.0), (260, 3.0), (400, 2.0)], "valid": [(260, 3.5)]}
+    joined = found["dense"]["curves"]
+    assert joined == {"train": [(210, 5.0), (250, 4.0), (260, 3.0), (400, 2.0)], "valid": [(260, 3.5)]}
 
 
 def test_all_systems_see_the_same_batches_and_have_the_same_active_flops(tmp_path):
