@@ -148,8 +148,8 @@ def report(machine: dict[str, Any], args: argparse.Namespace, rows: dict[str, di
     return (
         f"# One training step\n\n{machine_line(machine)}\n\n{args.layers} + {args.layers} layers, "
         f"d_model {args.d_model}, d_ffn {args.d_ffn} (experts: two of {args.d_ffn // 2} a token in every second "
-        f"layer), vocabulary {args.vocabulary}, {args.sentences} sentences of up to {args.length} tokens; medians of up "
-        f"to {args.rounds} rounds in turn. Larger is faster in the columns with x.\n\n{table(header, cells)}"
+        f"layer), vocabulary {args.vocabulary}, {args.sentences} sentences of up to {args.length} tokens; medians of "
+        f"up to {args.rounds} rounds in turn. Larger is faster in the columns with x.\n\n{table(header, cells)}"
     )
 
 
