@@ -31,8 +31,20 @@ def load_balance_loss(gate_probs: Tensor, expert_index: Tensor) -> Tensor:
     if tokens == 0:
         raise ValueError("load_balance_loss needs at least one token, got none; skip the loss for an empty batch")
     first_choices = torch.bincount(expert_index[:, 0] + 1, minlength=num_experts + 1)[1:]
-    share = first_choices.to(gate_probs.dtype) / tokens
-    return num_experts * torch.dot(share, gate_probs.mean(dim=0))
+    return load_balance_of_counts(first_choices, gate_probs.sum(dim=0), tokens)
+
+
+def load_balance_of_counts(first_choices: Tensor, probability: Tensor, tokens: Tensor | int) -> Tensor:
+    """`load_balance_loss` from sums over tokens that a gate has already.
+
+    Args:
+        first_choices: (num_experts,) int64, tokens whose best choice each expert is.
+        probability: (num_experts,) fp32, gate probability summed over tokens; gets a gradient.
+        tokens: what both sums are divided by, at least 1; a () tensor or a number.
+    """
+    # Divided one after the other: their product, tokens², would leave fp32's exact integers at 4097 tokens.
+    share = first_choices.to(probability.dtype) / tokens
+    return torch.dot(share, probability) * len(probability) / tokens
 
 
 def router_z_loss(gate_logits: Tensor) -> Tensor:

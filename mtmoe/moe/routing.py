@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mtmoe.kernels.gating import ChoiceCounts
+
 
 @dataclass(frozen=True, slots=True)
 class RoutingDecision:
@@ -19,3 +21,5 @@ class RoutingDecision:
     """(tokens, num_experts) fp32, each row sums to 1; padding rows too."""
     losses: dict[str, Tensor]
     """Name -> () fp32, not yet weighted: ``load_balance``, ``router_z``."""
+    counts: ChoiceCounts | None = None
+    """Sums over real tokens, of the gate's choice before capacity; a decision made by hand may leave them out."""

@@ -25,12 +25,22 @@ class RoutingStatistics:
     """(num_experts,) fp32: gate probability summed over tokens."""
     dropped: Tensor
     """() int64: choices that found no slot."""
-    entropy: Tensor
-    """() fp32, nats: mean over tokens of the entropy of the gate's probabilities."""
+    gate_probs: Tensor
+    """(tokens, num_experts) fp32: the gate's probabilities, padding included."""
+    real: Tensor | None = None
+    """(tokens,) bool, False for padding; None when all tokens are real."""
     cmr_gate_sum: Tensor | None = None
     """() fp32, with gradient: sum of the CMR gates; None without CMR."""
     cmr_gate_count: Tensor | None = None
     """() int64: tokens that `cmr_gate_sum` is over; None without CMR."""
+
+    @property
+    def entropy(self) -> Tensor:
+        """() fp32, nats: mean over tokens of the entropy of the gate's probabilities; computed where it is read."""
+        entropy = torch.special.entr(self.gate_probs).sum(dim=-1)
+        if self.real is not None:
+            entropy = entropy.masked_fill(~self.real, 0)
+        return entropy.sum() / self.tokens.clamp(min=1)
 
     @property
     def dropped_share(self) -> Tensor:
@@ -54,23 +64,26 @@ def gather_statistics(
         seated: the same after capacity.
         real: (tokens,) bool, False for padding; None when all tokens are real.
         gates: of CMR, if the layer has it.
+
+    Raises:
+        ValueError: the gate's decision comes without counts.
     """
-    probs = chosen.gate_probs.detach()
-    if real is not None:
-        probs = probs[real]
-    num_experts = probs.shape[1]
-    # Unrouted choices are -1: shifted by one they fall into a bin of their own, which is cut off.
-    counts = torch.bincount(chosen.expert_index.reshape(-1) + 1, minlength=num_experts + 1)[1:]
-    first = torch.bincount(chosen.expert_index[:, 0] + 1, minlength=num_experts + 1)[1:]
-    tokens = torch.tensor(len(probs), device=probs.device)
-    entropy = torch.special.entr(probs).sum() / tokens.clamp(min=1)
+    counts = chosen.counts
+    if counts is None:
+        raise ValueError("gather_statistics needs a decision with counts, as gates return it")
+    per_expert = counts.tokens_per_expert
+    if seated.expert_index is chosen.expert_index:
+        dropped = per_expert.new_zeros(())
+    else:
+        dropped = per_expert.sum() - (seated.expert_index >= 0).sum()
     return RoutingStatistics(
-        tokens=tokens,
-        tokens_per_expert=counts,
-        first_choice_per_expert=first,
-        probability_per_expert=probs.sum(dim=0),
-        dropped=counts.sum() - (seated.expert_index >= 0).sum(),
-        entropy=entropy,
+        tokens=counts.first_choice_per_expert.sum(),  # each real token has one first choice
+        tokens_per_expert=per_expert,
+        first_choice_per_expert=counts.first_choice_per_expert,
+        probability_per_expert=counts.probability_per_expert.detach(),
+        dropped=dropped,
+        gate_probs=chosen.gate_probs.detach(),
+        real=real,
         cmr_gate_sum=None if gates is None else gates.total,
         cmr_gate_count=None if gates is None else gates.count,
     )

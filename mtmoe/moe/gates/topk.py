@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mtmoe.kernels.gating import ExpertChoice, by_columns, choose_experts, draw_for_policy
 from mtmoe.moe.config import MoEConfig
-from mtmoe.moe.losses import load_balance_loss, router_z_loss
+from mtmoe.moe.losses import load_balance_of_counts
 from mtmoe.moe.routing import RoutingDecision
 
 
@@ -36,20 +37,20 @@ class TopKGate(nn.Module):
             The decision. Weights are normalised here only for ``before_drop``; for ``after_drop`` they are raw until
             capacity has been applied. The losses are over real tokens, and 0 when there are none.
         """
+        config = self.config
         gate_logits = self.logits(x)
-        gate_probs = gate_logits.softmax(dim=-1)  # (tokens, num_experts)
-        expert_index = self._choose(gate_logits)  # (tokens, top_k)
-        weight = gate_probs.gather(1, expert_index)
-        losses = self._losses(gate_logits, gate_probs, expert_index, real)
-
-        share = weight / weight.sum(dim=-1, keepdim=True)
-        if self.config.normalize_weights == "before_drop":
-            weight = share
-        unrouted = self._unrouted(share.detach(), real)
-        if unrouted is not None:
-            expert_index = expert_index.masked_fill(unrouted, -1)
-            weight = weight.masked_fill(unrouted, 0)
-        return RoutingDecision(expert_index, weight, gate_probs, losses)
+        draws = draw_for_policy(gate_logits, config.top_k, config.second_expert_policy) if self.training else None
+        choice = choose_experts(
+            gate_logits,
+            config.top_k,
+            policy=config.second_expert_policy,
+            threshold=config.second_expert_threshold,
+            draws=draws,
+            normalize=config.normalize_weights == "before_drop",
+            real=real,
+        )
+        losses = self._losses(choice, real)
+        return RoutingDecision(choice.expert_index, choice.weight, choice.gate_probs, losses, choice.counts)
 
     def logits(self, x: Tensor) -> Tensor:
         """The gate's scores: (tokens, d_model) -> (tokens, num_experts), always in at least fp32."""
@@ -58,48 +59,21 @@ class TopKGate(nn.Module):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             if self.training and self.config.jitter > 0:
                 x = x * torch.empty_like(x).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
-            return F.linear(x, self.weight.to(x.dtype))
+            weight = self.weight.to(x.dtype)
+            if by_columns(x.device, self.config.num_experts):
+                return (weight @ x.t()).t()  # 73 instead of 125 microseconds for 8 experts, 1000 tokens of 256
+            return F.linear(x, weight)
 
-    def _choose(self, gate_logits: Tensor) -> Tensor:
-        config = self.config
-        gate_logits = gate_logits.detach()
-        if config.top_k == 1 or config.second_expert_policy != "sampling" or not self.training:
-            return gate_logits.topk(config.top_k, dim=-1).indices
-        # Adding Gumbel noise and taking the best draws in proportion to the probabilities without the first expert's.
-        first = gate_logits.argmax(dim=-1, keepdim=True)
-        noise = -torch.empty_like(gate_logits).exponential_().log()
-        noisy = (gate_logits + noise).scatter(1, first, -math.inf)
-        return torch.cat([first, noisy.topk(config.top_k - 1, dim=-1).indices], dim=1)
-
-    def _unrouted(self, share: Tensor, real: Tensor | None) -> Tensor | None:
-        """(tokens, top_k) bool of the choices that the policy or padding takes away; None when there are none."""
-        config = self.config
-        unrouted = None
-        if config.top_k > 1:
-            if config.second_expert_policy == "random" and self.training:
-                unrouted = 2 * share <= torch.rand_like(share)
-            elif config.second_expert_policy == "threshold":
-                unrouted = share <= config.second_expert_threshold
-            if unrouted is not None:
-                unrouted[:, 0] = False
-        if real is not None:
-            padding = ~real[:, None]
-            unrouted = padding.expand_as(share) if unrouted is None else unrouted | padding
-        return unrouted
-
-    def _losses(
-        self, gate_logits: Tensor, gate_probs: Tensor, expert_index: Tensor, real: Tensor | None
-    ) -> dict[str, Tensor]:
-        real_logits = gate_logits if real is None else gate_logits[real]
-        if len(real_logits) == 0:
-            zero = gate_logits.sum() * 0  # 0 with a gradient path, so that callers need no special case
-            return {"load_balance": zero, "router_z": zero}
+    def _losses(self, choice: ExpertChoice, real: Tensor | None) -> dict[str, Tensor]:
+        counts, tokens = choice.counts, len(choice.gate_probs)
+        # Each real token has one first choice. All sums are 0 when there is none, and so are both losses.
+        counted = max(tokens, 1) if real is None else counts.first_choice_per_expert.sum().clamp(min=1)
         if real is not None and self.config.load_balance_include_padding:
             # As in NLLB's release: padding is in the mean probability, and has chosen nothing.
-            expert_index = expert_index.masked_fill(~real[:, None], -1)
-        elif real is not None:
-            gate_probs, expert_index = gate_probs[real], expert_index[real]
+            probability, total = choice.gate_probs.sum(dim=0), max(tokens, 1)
+        else:
+            probability, total = counts.probability_per_expert, counted
         return {
-            "load_balance": load_balance_loss(gate_probs, expert_index),
-            "router_z": router_z_loss(real_logits),
+            "load_balance": load_balance_of_counts(counts.first_choice_per_expert, probability, total),
+            "router_z": counts.squared_log_partition / counted,
         }
