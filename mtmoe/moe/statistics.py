@@ -37,7 +37,7 @@ class RoutingStatistics:
     @property
     def entropy(self) -> Tensor:
         """() fp32, nats: mean over tokens of the entropy of the gate's probabilities; computed where it is read."""
-        entropy = torch.special.entr(self.gate_probs).sum(dim=-1)
+        entropy: Tensor = torch.special.entr(self.gate_probs).sum(dim=-1)
         if self.real is not None:
             entropy = entropy.masked_fill(~self.real, 0)
         return entropy.sum() / self.tokens.clamp(min=1)

@@ -67,13 +67,15 @@ class TopKGate(nn.Module):
     def _losses(self, choice: ExpertChoice, real: Tensor | None) -> dict[str, Tensor]:
         counts, tokens = choice.counts, len(choice.gate_probs)
         # Each real token has one first choice. All sums are 0 when there is none, and so are both losses.
-        counted = max(tokens, 1) if real is None else counts.first_choice_per_expert.sum().clamp(min=1)
+        counted: Tensor | int = max(tokens, 1) if real is None else counts.first_choice_per_expert.sum().clamp(min=1)
         if real is not None and self.config.load_balance_include_padding:
             # As in NLLB's release: padding is in the mean probability, and has chosen nothing.
-            probability, total = choice.gate_probs.sum(dim=0), max(tokens, 1)
+            balance = load_balance_of_counts(
+                counts.first_choice_per_expert, choice.gate_probs.sum(dim=0), max(tokens, 1)
+            )
         else:
-            probability, total = counts.probability_per_expert, counted
+            balance = load_balance_of_counts(counts.first_choice_per_expert, counts.probability_per_expert, counted)
         return {
-            "load_balance": load_balance_of_counts(counts.first_choice_per_expert, probability, total),
+            "load_balance": balance,
             "router_z": counts.squared_log_partition / counted,
         }
