@@ -7,6 +7,7 @@ product uses, and nothing else of that size exists.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -153,6 +154,10 @@ def _loss_and_gradient(
     Returns:
         () fp32 loss, (tokens,) fp32 negative log likelihood; both count only where `mask` is true (None: everywhere).
     """
+    if _runs_triton(logits):
+        from mtmoe.kernels.triton.cross_entropy import loss_and_gradient
+
+        return loss_and_gradient(logits, target, mask, label_smoothing, grad)
     tokens, vocabulary = logits.shape
     eps_i = label_smoothing / (vocabulary - 1) if label_smoothing else 0.0
     on_target = 1.0 - label_smoothing - eps_i
@@ -188,6 +193,12 @@ def _loss_and_gradient(
         nll, smooth = nll.masked_fill_(~mask, 0.0), smooth.masked_fill_(~mask, 0.0)
     loss = on_target * nll.sum()
     return (loss + eps_i * smooth.sum() if eps_i else loss), nll
+
+
+def _runs_triton(logits: Tensor) -> bool:
+    """Whether the Triton kernel, which keeps no fp32 copy of the logits, can take them."""
+    fits = logits.dtype != torch.float64 and logits.stride(1) == 1
+    return logits.is_cuda and fits and find_spec("triton") is not None
 
 
 def _scaled(ctx: Any, grad_loss: Tensor, name: str) -> Tensor | None:
