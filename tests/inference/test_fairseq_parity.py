@@ -27,7 +27,7 @@ MODEL = (
 )
 TRAINING = (
     "--task mtmoe_translation --criterion mtmoe_label_smoothed_cross_entropy --label-smoothing 0.1 --optimizer adam "
-    "--lr 0.005 --max-tokens 800 --max-update 100 --seed 3 --cpu --num-workers 0 --no-epoch-checkpoints "
+    "--lr 0.005 --max-tokens 800 --max-update 150 --seed 3 --cpu --num-workers 0 --no-epoch-checkpoints "
     "--disable-validation"
 )
 
