@@ -14,6 +14,7 @@ from fairseq.models.transformer.transformer_legacy import base_architecture
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
+from fairseq_plugins.models.alignment import align_attention
 from fairseq_plugins.models.configuration import MtmoeTransformerConfig, is_moe_layer, moe_freq, set_defaults
 from fairseq_plugins.models.layers import (
     DecoderLayer,
@@ -75,6 +76,7 @@ class MtmoeTransformerModel(TransformerModelBase):
     def __init__(self, cfg: Any, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__(cfg, encoder, decoder)
         use_quick_dropout(self)
+        align_attention(self, cfg)
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
