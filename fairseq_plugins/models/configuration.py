@@ -29,8 +29,8 @@ def _placement_fields() -> list[tuple[str, Any, Any]]:
         "moe_dropout": option(float, -1.0, "dropout inside MoE layers, on expert outputs; -1 takes dropout"),
         "moe_kernel": option(ChoiceEnum(["auto", *BACKENDS]), "auto", "implementation of the experts; auto takes cpu "
                              "or triton by device, reference is plain torch for any"),
-        "attention_init": option(str, "drawn", "drawn: as fairseq draws it; aligned: attention over the source starts "
-                                 "at the decoder's own position and passes on what it sees, so that copying is known"),
+        "attention_init": option(str, "drawn", "drawn: as fairseq draws it; aligned: attention starts at positions "
+                                 "near its own, and the decoder's passes on the source words that it sees"),
     }  # fmt: skip
     return [(name, kind, made) for name, (kind, made) in options.items()]
 
