@@ -26,8 +26,8 @@ from mtmoe.kernels.plan import DispatchPlan, plan_dispatch
 from mtmoe.kernels.residual import residual_add, residual_norm
 
 __all__ = [
-    "ACTIVATIONS", "BACKENDS", "DispatchPlan", "attend", "combine", "dispatch", "dropout", "feed_forward", "grouped_linear",
-    "linear", "plan_dispatch", "residual_add", "residual_norm",
+    "ACTIVATIONS", "BACKENDS", "DispatchPlan", "attend", "combine", "dispatch", "dropout", "feed_forward",
+    "grouped_linear", "linear", "plan_dispatch", "residual_add", "residual_norm",
 ]  # fmt: skip
 
 BACKENDS = {name: f"mtmoe.kernels.{name}" for name in ("cpu", "reference", "triton")}

@@ -42,7 +42,7 @@ class MoELayer(nn.Module):
     def __init__(self, config: MoEConfig, backend: str | None = None) -> None:
         super().__init__()
         self.config, self.backend = config, backend
-        self.gate = build_gate(config)
+        self.gate = build_gate(config, backend)
         self.experts = ExpertBank(config, backend)
         self.conditional = ConditionalRouting(config) if config.cmr else None
 

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
-from mtmoe.kernels.triton import grouped_gemm, permute
+from mtmoe.kernels.triton import cross_entropy, gating, grouped_gemm, permute
 
 MATRIX_INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 """Compute capability, times ten -> what a bf16 product must be made of there."""
@@ -116,6 +116,9 @@ KERNELS: dict[str, Callable[[], Iterator[Build]]] = {
         permute.sum_choices_kernel, "BLOCK_T", TOP_K=2, SUM=tl.float32, HAS_WEIGHT=False, weight=None
     ),
     "combine": lambda: _permutations(permute.sum_choices_kernel, "BLOCK_T", TOP_K=2, SUM=tl.float32, HAS_WEIGHT=True),
+    "gate": lambda: (Build(**build) for build in gating.builds(backward=False)),
+    "gate_backward": lambda: (Build(**build) for build in gating.builds(backward=True)),
+    "cross_entropy": lambda: (Build(**build) for build in cross_entropy.builds()),
     "combine_backward": lambda: _permutations(permute.combine_backward_kernel, "BLOCK_T", TOP_K=2, SUM=tl.float32),
 }
 """Name -> the builds of a kernel at its tuned tiles."""

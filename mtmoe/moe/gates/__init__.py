@@ -11,12 +11,12 @@ GATES: dict[str, type[TopKGate]] = {"topk": TopKGate}
 """Name -> gate: a module with ``forward(x, real) -> RoutingDecision``."""
 
 
-def build_gate(config: MoEConfig) -> TopKGate:
-    """Make the gate that a config names.
+def build_gate(config: MoEConfig, backend: str | None = None) -> TopKGate:
+    """Make the gate that a config names; `backend` forces an implementation, as in `MoELayer`.
 
     Raises:
         ValueError: the name is unknown; the text lists the known ones.
     """
     if config.gate not in GATES:
         raise ValueError(f"gate={config.gate!r} is unknown; choose one of: {', '.join(sorted(GATES))}")
-    return GATES[config.gate](config)
+    return GATES[config.gate](config, backend)

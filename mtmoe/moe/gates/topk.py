@@ -20,9 +20,9 @@ class TopKGate(nn.Module):
     Sources: Lepikhin et al. 2020 (GShard), Fedus et al. 2021 (Switch), NLLB Team 2022.
     """
 
-    def __init__(self, config: MoEConfig) -> None:
+    def __init__(self, config: MoEConfig, backend: str | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.backend = config, backend
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model))
         nn.init.uniform_(self.weight, -1 / math.sqrt(config.d_model), 1 / math.sqrt(config.d_model))
 
@@ -48,6 +48,7 @@ class TopKGate(nn.Module):
             draws=draws,
             normalize=config.normalize_weights == "before_drop",
             real=real,
+            backend=self.backend,
         )
         losses = self._losses(choice, real)
         return RoutingDecision(choice.expert_index, choice.weight, choice.gate_probs, losses, choice.counts)
