@@ -1,15 +1,21 @@
-"""AdamW in torch's fused kernel, on CPUs too; the gradient is scaled, clipped and used in one pass."""
+"""AdamW in fused kernels, on CPUs too; experts without tokens cost nothing, and gradients are scaled as they are read."""
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.dataclass.utils import eval_str_list
 from fairseq.optim import FairseqOptimizer, register_optimizer
 from omegaconf import II
-from torch import Tensor
+from torch import Tensor, nn
+
+from mtmoe.moe.experts import ExpertBank
+from mtmoe.training.expert_adamw import EXPERT_UPDATES, ExpertAdamW
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -19,25 +25,30 @@ class MtmoeAdamWConfig(FairseqDataclass):
     adam_betas: str = field(default="(0.9, 0.98)", metadata={"help": "decay of the two moments"})
     adam_eps: float = field(default=1e-6, metadata={"help": "added to the root of the second moment"})
     weight_decay: float = field(default=0.0, metadata={"help": "decoupled weight decay"})
+    expert_updates: ChoiceEnum(list(EXPERT_UPDATES)) = field(  # type: ignore[valid-type]
+        default="exact",
+        metadata={
+            "help": "experts without tokens: updated each time (dense), when next used, with the same result (exact), "
+            "or not at all (lazy: another optimiser)"
+        },
+    )
     lr: list[float] = II("optimization.lr")  # type: ignore[assignment]
+    store_ema: bool = II("ema.store_ema")  # type: ignore[assignment]
 
 
 @register_optimizer("mtmoe_adamw", dataclass=MtmoeAdamWConfig)
 class MtmoeAdamW(FairseqOptimizer):
-    """``torch.optim.AdamW(fused=True)``.
+    """`mtmoe.training.expert_adamw.ExpertAdamW`.
 
     fairseq multiplies the gradient by 1 / tokens, then clips it, then steps: three passes. Here the first two only
-    remember a factor, and the fused kernel divides by it as it reads the gradient.
+    remember a factor, and the kernel applies it as it reads the gradient.
     """
 
     def __init__(self, cfg: Any, params: Collection[torch.nn.Parameter]) -> None:
         super().__init__(cfg)
-        betas = tuple(eval_str_list(cfg.adam_betas, float))
-        self._optimizer = torch.optim.AdamW(
-            list(params), lr=cfg.lr[0], betas=betas, eps=cfg.adam_eps, weight_decay=cfg.weight_decay, fused=True
-        )
+        self._optimizer = ExpertAdamW(list(params), **self.optimizer_config, expert_updates=cfg.expert_updates)
         self._factor: Tensor | float = 1.0
-        self._norm: Tensor | None = None
+        self._model: nn.Module | None = None
 
     @property
     def optimizer_config(self) -> dict[str, Any]:
@@ -53,6 +64,31 @@ class MtmoeAdamW(FairseqOptimizer):
     def supports_flat_params(self) -> bool:
         """The update is pointwise."""
         return True
+
+    def watch_experts(self, model: nn.Module) -> None:
+        """Learn from now on which experts of `model` each forward pass uses; a second call does nothing."""
+        if model is self._model:
+            return
+        self._model = model
+        banks = [module for module in model.modules() if isinstance(module, ExpertBank)]
+        if self.cfg.expert_updates == "dense" or not banks:
+            return
+        if self.cfg.store_ema:
+            logger.warning("--store-ema reads all weights at each update: all experts are updated each time")
+            return
+        watched = [self._optimizer.watch(bank, list(bank.parameters())) for bank in banks]
+        if not all(watched):
+            logger.warning(
+                "%d of %d expert banks are updated each time: --expert-updates %s needs weights on a CPU that are "
+                "trained whole, in their own tensors (no --fp16, --bf16 or sharding)",
+                watched.count(False), len(banks), self.cfg.expert_updates,
+            )  # fmt: skip
+
+    def all_reduce_grads(self, module: nn.Module) -> None:
+        """Sum the gradients over processes where the wrapper does not, and agree on the experts that have one."""
+        super().all_reduce_grads(module)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._optimizer.share_used(lambda flags: torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX))
 
     def zero_grad(self) -> None:
         """Forget the gradients, and the factor that belonged to them."""
@@ -73,10 +109,7 @@ class MtmoeAdamW(FairseqOptimizer):
         Returns:
             () fp32 norm before clipping.
         """
-        grads = [parameter.grad for parameter in self.params if parameter.grad is not None]
-        if not grads:
-            return torch.zeros(())
-        norm = torch.nn.utils.get_total_norm(grads) * self._factor
+        norm = self._optimizer.gradient_norm() * self._factor
         if aggregate_norm_fn is not None:
             norm = aggregate_norm_fn(norm)
         if max_norm > 0:
@@ -91,13 +124,5 @@ class MtmoeAdamW(FairseqOptimizer):
             scale: what the gradients are still to be divided by.
             groups: not supported.
         """
-        factor = self._factor / scale
-        device = self.param_groups[0]["params"][0].device
-        if isinstance(factor, Tensor) or factor != 1.0:
-            self._optimizer.grad_scale = torch.as_tensor(1.0 / factor, dtype=torch.float32, device=device)
-            self._optimizer.found_inf = torch.zeros((), device=device)
-        try:
-            self._optimizer.step(closure)
-        finally:
-            self._optimizer.grad_scale = self._optimizer.found_inf = None
-            self._factor = 1.0
+        self._optimizer.step(closure, factor=self._factor / scale)
+        self._factor = 1.0

@@ -289,6 +289,8 @@ class MtmoeTranslationTask(FairseqTask):
         micro = self._micro_batch[1] + 1 if self._micro_batch[0] == update_num else 0
         self._micro_batch = (update_num, micro)
         self.guard.watch(optimizer)
+        if hasattr(optimizer, "watch_experts"):
+            optimizer.watch_experts(model)
         model.set_num_updates(update_num)
         if hasattr(criterion, "collect_routing"):
             criterion.collect_routing = (update_num + 1) % self.cfg.log_interval == 0
