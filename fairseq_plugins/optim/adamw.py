@@ -1,4 +1,4 @@
-"""AdamW in fused kernels, on CPUs too; experts without tokens cost nothing, and gradients are scaled as they are read."""
+"""AdamW in fused kernels, on CPUs too; experts without tokens cost nothing, and a gradient is scaled as it is read."""
 
 import logging
 from collections.abc import Collection
@@ -88,7 +88,8 @@ class MtmoeAdamW(FairseqOptimizer):
         """Sum the gradients over processes where the wrapper does not, and agree on the experts that have one."""
         super().all_reduce_grads(module)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._optimizer.share_used(lambda flags: torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX))
+            largest = torch.distributed.ReduceOp.MAX
+            self._optimizer.share_used(lambda flags: torch.distributed.all_reduce(flags, largest))
 
     def zero_grad(self) -> None:
         """Forget the gradients, and the factor that belonged to them."""

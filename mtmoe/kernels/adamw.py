@@ -75,10 +75,11 @@ def update_experts(
             exp_avg[expert].mul_(beta1 ** (n - 1))
             exp_avg_sq[expert].mul_(beta2 ** (n - 1))
     scale = None if factor == 1.0 else torch.tensor(1 / factor, dtype=torch.float32, device=param.device)
-    slices = [[each[expert] for expert in experts] for each in (param, grad, exp_avg, exp_avg_sq)]
+    parts = [[each[expert] for expert in experts] for each in (param, grad, exp_avg, exp_avg_sq)]
+    steps = [torch.tensor(step - 1.0, device=param.device) for _ in experts]
     adamw(
-        *slices, [], [torch.tensor(step - 1.0, device=param.device) for _ in experts], fused=True,
-        grad_scale=scale, found_inf=None if scale is None else torch.zeros_like(scale), amsgrad=False, maximize=False,
+        parts[0], parts[1], parts[2], parts[3], [], steps, fused=True, grad_scale=scale,
+        found_inf=None if scale is None else torch.zeros_like(scale), amsgrad=False, maximize=False,
         lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
     )  # fmt: skip
 
@@ -100,7 +101,7 @@ def replay(
         torch.ops.mtmoe.adamw_replay(param, exp_avg, exp_avg_sq, experts, ends, rows)
         return
     table = rows.tolist()
-    for expert, start, end in zip(experts, (0, *ends), ends):
+    for expert, start, end in zip(experts, [0, *ends[:-1]], ends, strict=True):
         arrays = [each[expert].view(-1).split(BLOCK) for each in (param, exp_avg, exp_avg_sq)]
         for weights, momentum, second in zip(*arrays, strict=True):
             root = second.sqrt()
@@ -131,4 +132,5 @@ def total_norm(grads: Sequence[tuple[Tensor, Sequence[int] | None]]) -> Tensor:
         for part in [grad] if listed is None else [grad[expert] for expert in listed]:
             for piece in part.reshape(-1).split(SUMMED_AT_ONCE):
                 norms.append(torch.linalg.vector_norm(piece, dtype=dtype).to(device))
-    return torch.linalg.vector_norm(torch.stack(norms))
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total

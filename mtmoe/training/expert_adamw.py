@@ -35,10 +35,10 @@ HISTORY = 1024
 def horizon(betas: tuple[float, float]) -> int:
     """Updates after an expert's last gradient whose momentum still counts.
 
-    By Cauchy–Schwarz ``|exp_avg| <= C sqrt(exp_avg_sq)``, ``C**2 = (1 - beta1)**2 / ((1 - beta2) (1 - beta1**2 / beta2))``,
-    so the n-th update without gradient moves a weight by at most ``lr C r**n`` (the bias corrections are near 1 by
-    then), and all from the n-th on by ``lr C r**n / (1 - r)``. That is to be below ``2**-25 lr``, the rounding error of
-    one fp32 update of size lr.
+    By Cauchy–Schwarz ``|exp_avg| <= C sqrt(exp_avg_sq)`` with ``C**2 = (1 - beta1)**2 / ((1 - beta2) (1 - r**2))``, so
+    the n-th update without gradient moves a weight by at most ``lr C r**n`` (the bias corrections are near 1 by then),
+    and all from the n-th on by ``lr C r**n / (1 - r)``. That is to be below ``2**-25 lr``, the rounding error of one
+    fp32 update of size lr.
 
     Raises:
         ValueError: beta1**2 >= beta2, so that momentum does not fade.
@@ -93,14 +93,14 @@ class _Bank:
         kept = moves | (rows[:, 0] != 1)
         sizes = np.bincount(owner[kept], minlength=len(experts))
         changed = np.flatnonzero(sizes)
-        return [experts[i] for i in changed], np.cumsum(sizes[changed]).tolist(), rows[kept]
+        return [experts[int(i)] for i in changed], np.cumsum(sizes[changed]).tolist(), rows[kept]
 
 
 class ExpertAdamW(torch.optim.Optimizer):
     """AdamW whose cost grows with the experts that an update touches.
 
-    Parameters are updated as by ``torch.optim.AdamW(fused=True)`` until `watch` tells which are stacked experts. Whoever
-    reads such weights other than through a forward pass or ``state_dict`` of their module calls `catch_up` first.
+    Parameters are updated as by ``torch.optim.AdamW(fused=True)`` until `watch` tells which are stacked experts. To
+    read such weights other than through a forward pass or ``state_dict`` of their module, call `catch_up` first.
 
     Args:
         params: as in torch.
@@ -126,7 +126,8 @@ class ExpertAdamW(torch.optim.Optimizer):
         expert_updates: str = "exact",
     ) -> None:
         if expert_updates not in EXPERT_UPDATES:
-            raise ValueError(f"expert_updates={expert_updates!r} is unknown; choose one of: {', '.join(EXPERT_UPDATES)}")
+            known = ", ".join(EXPERT_UPDATES)
+            raise ValueError(f"expert_updates={expert_updates!r} is unknown; choose one of: {known}")
         if expert_updates == "exact":
             horizon(betas)
         self.expert_updates = expert_updates
@@ -243,10 +244,9 @@ class ExpertAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             self._step_dense(group, factor)
-        if self._banks:
-            factor = float(factor)
+        number = float(factor) if self._banks else 1.0
         for bank in self._banks:
-            self._step_bank(bank, factor)
+            self._step_bank(bank, number)
         return loss
 
     def _step_dense(self, group: dict[str, Any], factor: Tensor | float) -> None:
@@ -262,7 +262,7 @@ class ExpertAdamW(torch.optim.Optimizer):
             scale = torch.as_tensor(1.0 / factor, dtype=torch.float32, device=params[0].device)
         adamw(
             params, [each.grad for each in params],
-            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")), [],
+            [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [],
             [state["step"] for state in states], fused=True, grad_scale=scale,
             found_inf=None if scale is None else torch.zeros_like(scale), amsgrad=False, maximize=False,
             lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
@@ -279,7 +279,7 @@ class ExpertAdamW(torch.optim.Optimizer):
         age = [1 if lazy else bank.step - bank.touched[expert] for expert in experts]
         for parameter in bank.parameters:
             if parameter.grad is None:
-                raise RuntimeError("some weights of an expert bank have a gradient and others have none; freeze all or none")
+                raise RuntimeError("some weights of an expert bank have no gradient, others have; freeze all or none")
             self._prepare(parameter)
             state = self.state[parameter]
             state["step"].fill_(bank.step)
@@ -343,8 +343,10 @@ class ExpertAdamW(torch.optim.Optimizer):
     def _settle(self, parameter: Tensor) -> None:
         """Bring the moments of experts up to date, for updates that know nothing of experts."""
         state = self.state[parameter]
-        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"])) if "touched" in state else {}
-        for expert, touched in enumerate(state.pop("touched", ())):
+        if "touched" not in state:
+            return
+        group = next(each for each in self.param_groups if any(member is parameter for member in each["params"]))
+        for expert, touched in enumerate(state.pop("touched")):
             age = int(state["step"]) - touched
             state["exp_avg"][expert].mul_(group["betas"][0] ** age)
             state["exp_avg_sq"][expert].mul_(group["betas"][1] ** age)

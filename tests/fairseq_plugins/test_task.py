@@ -317,7 +317,9 @@ def test_adamw_scales_and_clips_as_torch_does(clip):
     torch.manual_seed(0)
     ours = nn.Linear(5, 7)
     theirs = copy.deepcopy(ours)
-    config = OmegaConf.create({"adam_betas": "(0.9, 0.98)", "adam_eps": 1e-6, "weight_decay": 0.1, "lr": [0.01]})
+    config = OmegaConf.create(
+        {"adam_betas": "(0.9, 0.98)", "adam_eps": 1e-6, "weight_decay": 0.1, "lr": [0.01], "expert_updates": "exact"}
+    )
     optimizer = MtmoeAdamW(config, ours.parameters())
     reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     for _ in range(4):

@@ -14,11 +14,7 @@
 #include <utility>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MTMOE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MTMOE_CLONES
-#endif
+// Needs -fno-math-errno (setup.py), or square roots are not vectorised: 8 times the time.
 
 namespace {
 
@@ -30,8 +26,8 @@ struct Update {
 };
 
 // One AdamW update of `size` elements, whole lines.
-MTMOE_CLONES void update_lines(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v,
-                               int64_t size, const Update& c) {
+void update_lines(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v,
+                  int64_t size, const Update& c) {
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     const float gradient = g[i] * c.factor;
@@ -57,7 +53,7 @@ void update(float* p, const float* g, float* m, float* v, int64_t size, const Up
 }
 
 // The updates without gradient that `rows` of (weight decay, step size, eps) describe, on one block.
-MTMOE_CLONES void replay(float* p, const float* m, const float* v, int64_t size, const float* row, int64_t rows) {
+void replay(float* p, const float* m, const float* v, int64_t size, const float* row, int64_t rows) {
   for (int64_t start = 0; start < size; start += kLine) {
     const int64_t count = std::min(kLine, size - start);
     float P[kLine] = {}, M[kLine] = {}, S[kLine] = {};
@@ -75,7 +71,7 @@ MTMOE_CLONES void replay(float* p, const float* m, const float* v, int64_t size,
   }
 }
 
-MTMOE_CLONES float squares(const float* x, int64_t size) {
+float squares(const float* x, int64_t size) {
   float sums[kLine] = {};
   int64_t start = 0;
   for (; start + kLine <= size; start += kLine)
