@@ -22,7 +22,7 @@ CALIBRATION_SECONDS = 40.0
 WARM_UPDATES = 20
 """Updates of the short training that do not count."""
 
-RESERVE = 0.10
+RESERVE = 0.07
 """Share of the budget that is kept for the last validation and checkpoint, and for a rate that drops: with 0.04, the
 last 6 % of the updates of a 20-minute run on a shared machine did not fit."""
 
