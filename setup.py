@@ -40,7 +40,8 @@ def extension() -> dict:
     sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "mtmoe/kernels/csrc").glob("*.cpp"))
     # The processor is asked before the file is loaded (mtmoe/kernels/extension.py).
     flags = ["-O3", "-fno-math-errno", "-fopenmp", "-march=x86-64-v4", "-mavx512bf16", "-DAT_PARALLEL_OPENMP=1",
-             "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]  # fmt: skip
+             "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512",
+             "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]  # fmt: skip
     module = CppExtension(
         "mtmoe.kernels._extension", sources, include_dirs=["mtmoe/kernels/csrc"], extra_compile_args=flags,
         extra_link_args=["-fopenmp"], optional=True,

@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace, experts: int, share: float) -> dict[str, f
 
 
 def total_norm(grads: list[torch.Tensor]) -> torch.Tensor:
-    """torch's norm of several gradients."""
+    """The norm of several gradients, by torch."""
     return nn.utils.get_total_norm(grads)
 
 

@@ -193,3 +193,52 @@ def test_torchrun_trains_one_model_with_two_processes(fairseq, toy_data, tmp_pat
     updates = [line for line in done.splitlines() if "| train_inner |" in line]
     assert len(updates) == 6  # only the first process logs, and it logs the tokens of both
     assert float(json.loads(updates[0].split("| train_inner |")[1])["wpb"]) > 200
+
+
+# 16 experts and few tokens, so that most updates leave some experts out.
+SPARSE = shlex.split(
+    "--arch mtmoe_transformer_tiny --encoder-embed-dim 16 --decoder-embed-dim 16 --encoder-ffn-embed-dim 16 "
+    "--decoder-ffn-embed-dim 16 --moe-freq 1 --num-experts 16 --top-k 1 --normalize-weights none --max-tokens 24 --max-sentences 2 "
+    "--required-batch-size-multiple 1 --weight-decay 0.01 --disable-validation"
+)
+
+
+@pytest.mark.slow
+def test_experts_that_wait_for_their_updates_change_nothing(fairseq, toy_data, tmp_path):
+    """Exact updates train as dense ones do, and go on bit by bit from a save that the unbroken run did not do."""
+
+    def train(name, updates, *options):
+        words = fairseq.train_command(toy_data, tmp_path / name, *SPARSE, "--max-update", updates, *options)
+        return fairseq.losses(fairseq.run(words).stdout)
+
+    exact = train("exact", 60, "--update-freq", 2)
+    dense = train("dense", 60, "--update-freq", 2, "--expert-updates", "dense")
+    first, second = (train("broken", updates, "--update-freq", 2) for updates in (33, 60))
+    assert {**first, **second} == exact
+    assert sorted(second) == list(range(34, 61))
+    files = {name: tmp_path / name / "checkpoint_last.pt" for name in ("exact", "dense", "broken")}
+    models = {name: torch.load(path, weights_only=True) for name, path in files.items()}
+    for name, value in models["exact"]["model"].items():
+        assert torch.equal(models["broken"]["model"][name], value)
+        if value.is_floating_point():
+            torch.testing.assert_close(models["dense"]["model"][name], value, rtol=0, atol=1e-3)
+    losses = [[float(line.split()[0]) for line in run.values()] for run in (exact, dense)]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+    states = models["exact"]["last_optimizer_state"]["state"].values()
+    touched = [state["touched"] for state in states if "touched" in state]
+    assert len(touched) == 2 * 4
+    assert any(min(each) < 60 for each in touched)  # the test is about something
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_experts_they_touched(fairseq, toy_data, tmp_path):
+    models = []
+    for updates in ("exact", "dense"):
+        options = [*SPARSE, "--max-update", 30, "--expert-updates", updates]
+        words = fairseq.train_command(toy_data, tmp_path / updates, *options)
+        # fairseq itself stops when the processes' gradient norms differ.
+        fairseq.run([*fairseq.command("torchrun", "--nproc_per_node", 2, "--master_port", 29632), *words])
+        models.append(torch.load(tmp_path / updates / "checkpoint_last.pt", weights_only=True)["model"])
+    for name, value in models[0].items():
+        if value.is_floating_point():
+            torch.testing.assert_close(models[1][name], value, rtol=0, atol=1e-3)
