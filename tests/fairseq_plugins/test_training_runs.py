@@ -198,8 +198,9 @@ def test_torchrun_trains_one_model_with_two_processes(fairseq, toy_data, tmp_pat
 # 16 experts and few tokens, so that most updates leave some experts out.
 SPARSE = shlex.split(
     "--arch mtmoe_transformer_tiny --encoder-embed-dim 16 --decoder-embed-dim 16 --encoder-ffn-embed-dim 16 "
-    "--decoder-ffn-embed-dim 16 --moe-freq 1 --num-experts 16 --top-k 1 --normalize-weights none --max-tokens 24 --max-sentences 2 "
-    "--required-batch-size-multiple 1 --weight-decay 0.01 --disable-validation"
+    "--decoder-ffn-embed-dim 16 --moe-freq 1 --num-experts 16 --top-k 1 "
+    "--normalize-weights none --max-tokens 24 --max-sentences 2 --required-batch-size-multiple 1 "
+    "--weight-decay 0.01 --disable-validation"
 )
 
 
