@@ -2,6 +2,10 @@
 
 Under autocast torch casts each weight, bias, input and gradient in an operation of its own. Here the weights of maps
 that read one input are cast straight into one matrix, and their gradients are cast as they are split again.
+
+bf16 products on a CPU take the compiled kernels of the experts, as a bank of one, where they are available. They are as
+fast as torch.mm on a shape that came before, and spare the 0.4 ms that oneDNN compiles for each number of rows that did
+not: with the demo's batches, 6.7 updates/s in the first hundred and 8.0 in the sixth.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from mtmoe.kernels import extension
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -68,23 +74,59 @@ def _parameter_gradients(
     return (grad.t() @ x).to(weight_dtype), grad.sum(dim=0, dtype=bias_dtype)
 
 
+def _compiled(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether the compiled kernels can do these products: bf16 rows, and parameters of one type and of even sizes."""
+    types = {parameter.dtype for parameter in parameters}
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or len(types) > 1 or not types <= {x.dtype, torch.float32}:
+        return False
+    return all(size % 2 == 0 for parameter in parameters for size in parameter.shape) and extension.available()
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
+    """A compiled product of (rows, d_in) with (d_out, d_in), whose type may be another than that of `x`."""
+    rows = torch.tensor((0, len(x)))
+    return torch.ops.mtmoe.grouped_linear_forward(x, rows, weight[None], bias[None], relu)  # type: ignore[no-any-return]
+
+
+def _multiply_backward(
+    grad: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, need_x: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of the rows, the weight and the bias; `y` is the output where it went through relu."""
+    rows = torch.tensor((0, len(x)))
+    grad_x, grad_weight, grad_bias = torch.ops.mtmoe.grouped_linear_backward(
+        grad.contiguous(), x, y, rows, weight[None], need_x, True, True
+    )
+    return grad_x if need_x else None, grad_weight[0], grad_bias[0]
+
+
 class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, maps: int, *parameters: Tensor) -> Tensor:
         weights, biases = parameters[:maps], parameters[maps:]
         flat = x.reshape(-1, x.shape[-1])
-        weight = _joined(weights, x.dtype)
-        ctx.save_for_backward(flat, weight)
         ctx.sizes, ctx.types, ctx.shape = [len(each) for each in weights], (weights[0].dtype, biases[0].dtype), x.shape
-        return torch.addmm(_joined(biases, x.dtype), flat, weight.t()).view(*x.shape[:-1], len(weight))
+        ctx.compiled = _compiled(flat, *parameters)
+        if ctx.compiled:
+            flat, dtype = flat.contiguous(), weights[0].dtype
+            weight = _joined(weights, dtype).contiguous()
+            y = _multiply(flat, weight, _joined(biases, dtype).contiguous())
+        else:
+            weight = _joined(weights, x.dtype)
+            y = torch.addmm(_joined(biases, x.dtype), flat, weight.t())
+        ctx.save_for_backward(flat, weight)
+        return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
-        grad_x = (grad @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        grad_weight, grad_bias = _parameter_gradients(grad, x, *ctx.types)
+        if ctx.compiled:
+            grad_x, grad_weight, grad_bias = _multiply_backward(grad, x, None, weight, ctx.needs_input_grad[0])
+        else:
+            grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+            grad_weight, grad_bias = _parameter_gradients(grad, x, *ctx.types)
+        grad_x = None if grad_x is None else grad_x.view(ctx.shape)
         return grad_x, None, *grad_weight.split(ctx.sizes), *grad_bias.split(ctx.sizes)
 
 
@@ -93,19 +135,33 @@ class _FeedForward(Function):
     def forward(ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
         dtype = x.dtype
         ctx.types = weight1.dtype, bias1.dtype, weight2.dtype, bias2.dtype
-        flat, weight1, weight2 = x.reshape(-1, x.shape[-1]), weight1.to(dtype), weight2.to(dtype)
-        hidden = torch.addmm(bias1.to(dtype), flat, weight1.t()).relu_()
+        flat = x.reshape(-1, x.shape[-1])
+        ctx.compiled = _compiled(flat, weight1, bias1, weight2, bias2)
+        if ctx.compiled:
+            flat, weight1, weight2 = flat.contiguous(), weight1.contiguous(), weight2.contiguous()
+            hidden = _multiply(flat, weight1, bias1.contiguous(), relu=True)
+            y = _multiply(hidden, weight2, bias2.contiguous())
+        else:
+            weight1, weight2 = weight1.to(dtype), weight2.to(dtype)
+            hidden = torch.addmm(bias1.to(dtype), flat, weight1.t()).relu_()
+            y = torch.addmm(bias2.to(dtype), hidden, weight2.t())
         ctx.save_for_backward(flat, hidden, weight1, weight2)
-        return torch.addmm(bias2.to(dtype), hidden, weight2.t()).view(*x.shape[:-1], len(weight2))
+        return y.view(*x.shape[:-1], len(weight2))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, weight1, weight2 = ctx.saved_tensors
-        shape = grad.shape[:-1]
+        shape, need_x = grad.shape[:-1], ctx.needs_input_grad[0]
         grad = grad.reshape(-1, grad.shape[-1])
-        grad_weight2, grad_bias2 = _parameter_gradients(grad, hidden, *ctx.types[2:])
-        grad_hidden = torch.ops.aten.threshold_backward(grad @ weight2, hidden, 0.0)
-        grad_weight1, grad_bias1 = _parameter_gradients(grad_hidden, x, *ctx.types[:2])
-        grad_x = (grad_hidden @ weight1).view(*shape, x.shape[-1]) if ctx.needs_input_grad[0] else None
+        if ctx.compiled:
+            grad_hidden, grad_weight2, grad_bias2 = _multiply_backward(grad, hidden, None, weight2, True)
+            assert grad_hidden is not None
+            grad_x, grad_weight1, grad_bias1 = _multiply_backward(grad_hidden, x, hidden, weight1, need_x)
+        else:
+            grad_weight2, grad_bias2 = _parameter_gradients(grad, hidden, *ctx.types[2:])
+            grad_hidden = torch.ops.aten.threshold_backward(grad @ weight2, hidden, 0.0)
+            grad_weight1, grad_bias1 = _parameter_gradients(grad_hidden, x, *ctx.types[:2])
+            grad_x = grad_hidden @ weight1 if need_x else None
+        grad_x = None if grad_x is None else grad_x.view(*shape, x.shape[-1])
         return grad_x, grad_weight1, grad_bias1, grad_weight2, grad_bias2

@@ -26,8 +26,11 @@ class SharedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(tokens, d_model) -> (tokens, d_model), dropout included in training."""
-        hidden = kernels.dropout(self.activation(self.fc1(x)), self.config.activation_dropout, self.training)
-        y: Tensor = self.fc2(hidden)
+        if self.config.activation == "relu" and not (self.config.activation_dropout and self.training):
+            y = kernels.feed_forward(x, self.fc1, self.fc2)
+        else:
+            hidden = kernels.dropout(self.activation(self.fc1(x)), self.config.activation_dropout, self.training)
+            y = self.fc2(hidden)
         return kernels.dropout(y, self.config.dropout, self.training)
 
 

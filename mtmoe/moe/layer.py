@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mtmoe import kernels
+from mtmoe.kernels.linear import autocast_dtype
 from mtmoe.moe.capacity import limit
 from mtmoe.moe.conditional import ConditionalRouting
 from mtmoe.moe.config import MoEConfig
@@ -73,13 +74,14 @@ class MoELayer(nn.Module):
         # EOM hides expert outputs; hidden pairs are not worth computing, so it stands before dispatch.
         decision = mask_expert_outputs(decision, config, self.training)
         plan = kernels.plan_dispatch(decision.expert_index, config.num_experts)
-        y = self.experts(kernels.dispatch(tokens, plan, backend=self.backend), plan)
+        narrow = tokens.to(autocast_dtype(tokens))  # once for all branches; gates read the tokens in their own type
+        y = self.experts(kernels.dispatch(narrow, plan, backend=self.backend), plan)
         y = kernels.combine(y, plan, decision.weight, backend=self.backend)
 
         gates = None
         if self.conditional is not None:
             gates = self.conditional.gates(tokens, real)
-            y = self.conditional(tokens, y, gates)
+            y = self.conditional(narrow, y, gates)
             if real is not None:
                 y = y.masked_fill(~real[:, None], 0)
         y = mask_final_output(y, config, self.training)

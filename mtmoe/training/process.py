@@ -27,16 +27,23 @@ MALLOC_SETTINGS = {
 }
 """Keeps glibc from giving memory back between updates: 1.06 x in training where tcmalloc gives 1.4 x."""
 
-ONEDNN_KERNELS = "4096"
-"""Compiled CPU kernels that oneDNN keeps. It compiles one for each shape of a bf16 product (0.35 ms); batches come in
-some hundred shapes with a dozen products each, more than its default of 1,024. Each kernel takes some 0.1 MB."""
+ONEDNN_KERNELS = "10240"
+"""Compiled CPU kernels that oneDNN keeps. It compiles one for each shape of a bf16 product (0.4 ms, as long as the product
+of 1000 x 256 x 256 itself); the demo's batches come in 172 numbers of rows with some 40 products each, and a cache that is
+a little too small forgets most of what comes round again. A kernel takes some 0.1 MB."""
 
 
 def build_environment(config: TrainConfig, report: Callable[[str], None] = logger.info) -> dict[str, str]:
-    """The variables that the training process runs under; says on `report` which allocator it gets."""
+    """The variables that the training process runs under; says on `report` what they set, and what is missing."""
     environment = dict(os.environ)
     threads = config.threads or len(os.sched_getaffinity(0))
     environment["OMP_NUM_THREADS"] = str(threads)
+    report(f"threads: {threads}")
+    if config.options.get("cpu"):
+        from mtmoe.kernels import extension  # torch takes a second to load
+
+        missing = extension.why_not()
+        report("CPU kernels: compiled" if missing is None else f"CPU kernels: plain torch, slower; {missing}")
     environment.setdefault("PYTHONUNBUFFERED", "1")
     environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_KERNELS)
     if config.allocator == "auto":

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 
 from mtmoe.cli import main
 from mtmoe.errors import ConfigError
+from mtmoe.kernels import extension
 from mtmoe.training import launcher, preset, process, run_log, time_budget
 from mtmoe.training.preset import TrainConfig
 
@@ -188,7 +190,18 @@ def test_without_tcmalloc_glibc_is_tuned_and_the_user_told(tmp_path, monkeypatch
     lines = []
     environment = process.build_environment(make_config(tmp_path), lines.append)
     assert environment["MALLOC_MMAP_MAX_"] == "0"
-    assert "apt install libtcmalloc-minimal4" in lines[0]
+    assert "apt install libtcmalloc-minimal4" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("why_not", "expected"), [(None, "CPU kernels: compiled"), ("no compiler", "CPU kernels: plain torch, slower; no")]
+)
+def test_on_a_cpu_the_user_is_told_which_kernels_there_are(tmp_path, monkeypatch, why_not, expected):
+    monkeypatch.setattr(extension, "why_not", lambda: why_not)
+    lines = []
+    config = make_config(tmp_path)
+    process.build_environment(dataclasses.replace(config, options={**config.options, "cpu": True}), lines.append)
+    assert lines[1].startswith(expected)
 
 
 def test_commands(tmp_path, capsys):

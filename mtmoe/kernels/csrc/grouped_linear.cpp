@@ -276,7 +276,9 @@ void backward(
       pack_rows(weight + e * N * K + k0, K, N, N, width, matrix.data());
       for (int64_t b = blocks.first[e]; b < blocks.first[e + 1]; ++b) {
         const Block& block = blocks.all[b];
-        multiply(block.rows, width, N, N, kTile, false, gradient + block.start * N, matrix.data(), sums);
+        // Rows of the next expert are taken along, and their results left out: 4 shapes of kernels instead of 64.
+        const int64_t height = std::min(divide_up(block.rows, 16) * 16, offsets[experts] - block.start);
+        multiply(height, width, N, N, kTile, false, gradient + block.start * N, matrix.data(), sums);
         for (int64_t r = 0; r < block.rows; ++r) convert(sums + r * kTile, dx + (block.start + r) * K + k0, width);
       }
       return;
