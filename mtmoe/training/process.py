@@ -28,9 +28,9 @@ MALLOC_SETTINGS = {
 """Keeps glibc from giving memory back between updates: 1.06 x in training where tcmalloc gives 1.4 x."""
 
 ONEDNN_KERNELS = "10240"
-"""Compiled CPU kernels that oneDNN keeps. It compiles one for each shape of a bf16 product (0.4 ms, as long as the product
-of 1000 x 256 x 256 itself); the demo's batches come in 172 numbers of rows with some 40 products each, and a cache that is
-a little too small forgets most of what comes round again. A kernel takes some 0.1 MB."""
+"""Compiled CPU kernels that oneDNN keeps. It compiles one for each shape of a bf16 product (0.4 ms, as long as the
+product of 1000 x 256 x 256 itself), and the demo's batches come in 172 numbers of rows; its default of 1,024 would
+forget many before they come round again. A kernel takes some 0.1 MB."""
 
 
 def build_environment(config: TrainConfig, report: Callable[[str], None] = logger.info) -> dict[str, str]:
