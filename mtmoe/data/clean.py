@@ -168,9 +168,10 @@ def write_clean_text(
             buffers[pair] = []
     for pair, kept in buffers.items():
         _write_sides(folder, "train", pair, kept)
-    if recipe.train.limit is not None:
-        for pair in buffers:
-            _limit_train(folder, pair, recipe.train.limit, cleaner.counts[pair_name(pair)]["train"])
+    for pair in buffers:
+        limit = recipe.train.limit_of(pair)
+        if limit is not None:
+            _limit_train(folder, pair, limit, cleaner.counts[pair_name(pair)]["train"])
 
 
 def read_sides(folder: Path, split: str, pair: Pair) -> tuple[list[str], list[str]]:
@@ -220,10 +221,11 @@ def _reduce(candidates: list[Candidate], part: Part, pair: Pair, counter: Counte
                 best[source] = candidate
         candidates = [candidate for candidate in candidates if best[candidate.texts[side]] is candidate]
         counter["second_reference"] += before - len(candidates)
-    if part.limit is not None and len(candidates) > part.limit:
-        chosen = set(_smallest([candidate.texts for candidate in candidates], part.limit))
-        counter["over_limit"] += len(candidates) - part.limit
-        candidates = [candidate for candidate in candidates if candidate.texts in chosen][: part.limit]
+    limit = part.limit_of(pair)
+    if limit is not None and len(candidates) > limit:
+        chosen = set(_smallest([candidate.texts for candidate in candidates], limit))
+        counter["over_limit"] += len(candidates) - limit
+        candidates = [candidate for candidate in candidates if candidate.texts in chosen][:limit]
     return candidates
 
 

@@ -168,12 +168,22 @@ class Part:
 
     limit: int | None = None
     """Most pairs to keep for each language pair: those with the smallest hash of their text, in the order they came."""
+    limits: dict[str, int] = field(default_factory=dict)
+    """Limits of single pairs, as ``en-pon: 1000``, instead of `limit`."""
     single_reference: str | None = None
     """Keep one translation, the most frequent, of each sentence of this language (without it: of the first)."""
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit: {self.limit} must be at least 1, or null for all")
+        for limit in [self.limit, *self.limits.values()]:
+            if limit is not None and limit < 1:
+                raise ConfigError(f"limit: {limit} must be at least 1, or null for all")
+
+    def limit_of(self, pair: tuple[str, str]) -> int | None:
+        """The limit of a pair, in either order; None for all."""
+        for name, limit in self.limits.items():
+            if sorted(canonical(side) for side in name.split("-")) == sorted(pair):
+                return limit
+        return self.limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +282,12 @@ class Recipe:
                 raise ConfigError(
                     f"pairs: {pattern!r} is not two of the languages {', '.join(codes)}, such as 'de-en' or 'en-*'"
                 )
+        wanted = self.wanted_pairs()
+        for split in SPLITS:
+            for name in getattr(self, split).limits:
+                sides = tuple(sorted(canonical(side) for side in name.split("-")))
+                if sides not in wanted:
+                    raise ConfigError(f"{split}.limits: {name!r} is none of the pairs of this recipe")
 
     def codes(self) -> tuple[str, ...]:
         """The languages in mtmoe's codes, sorted."""

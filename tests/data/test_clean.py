@@ -107,6 +107,20 @@ def test_single_reference_keeps_the_most_frequent_translation():
     assert counts["de-en"]["train"]["in_test"] == 1, "what single_reference leaves out stays out of train"
 
 
+def test_a_pair_may_have_a_limit_of_its_own(tmp_path):
+    rows = [Row(split, "de", code, f"{split} {n}", f"{split} {n} {code}")
+            for split in ("train", "test") for code in ("en", "fr") for n in range(9)]  # fmt: skip
+    own = {"de-en": 2}
+    changes = {"train": Part(limit=4, limits=own), "test": Part(limits={"en-de": 3})}
+    cleaner = Cleaner(recipe(**changes))
+    write_clean_text(cleaner.recipe, lambda: rows, cleaner.evaluation(rows), cleaner, tmp_path)
+    sizes = {
+        (split, code): len(read_sides(tmp_path, split, ("de", code))[0])
+        for split in ("train", "test") for code in ("en", "fr")
+    }  # fmt: skip
+    assert sizes == {("train", "en"): 2, ("train", "fr"): 4, ("test", "en"): 3, ("test", "fr"): 9}
+
+
 def test_limits_choose_by_hash_whatever_the_order(tmp_path):
     rows = [Row(split, "de", "en", f"{split} {n}", f"{split} {n} en") for split in ("train", "test") for n in range(30)]
     changes = {"test": Part(limit=5), "train": Part(limit=7)}

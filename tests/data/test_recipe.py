@@ -44,6 +44,8 @@ def load(tmp_path):
         (GOOD + "cleaning: {min_script_share: 2}\n", "min_script_share: 2.0 must be between 0 and 1"),
         (GOOD + "cleaning: {max_ratio: -1}\n", "must not be negative"),
         (GOOD + "test: {limit: 0}\n", "limit: 0 must be at least 1"),
+        (GOOD + "train: {limits: {de-en: 0}}\n", "limit: 0 must be at least 1"),
+        (GOOD + "train: {limits: {en-fr: 5}}\n", "train.limits: 'en-fr' is none of the pairs"),
         (GOOD + "vocabulary: {model: word}\n", "model: 'word' is unknown"),
         (GOOD + "vocabulary: {temperature: 0}\n", "temperature > 0"),
         (GOOD + "resource: {high: 1, low: 2}\n", "low=2 must be between 0 and high=1"),
