@@ -21,6 +21,7 @@ from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
 from fairseq_plugins.stopping import stopping
+from fairseq_plugins.tasks.validation import TRAIN_SAMPLE
 from mtmoe.files import replacing
 
 _done = False
@@ -34,6 +35,7 @@ def repair() -> None:
         reload_checkpoints()
         save_atomically()
         stop_on_signals()
+        score_train_sample()
         start_without_gpu()
         seed_without_gpu()
         read_options_fast()
@@ -81,11 +83,31 @@ def save_atomically() -> None:
 
 def stop_on_signals() -> None:
     """Look for a signal after each update; see `fairseq_plugins.stopping`."""
+    for module in _training_modules():
+        module.validate_and_save = stopping(module.validate_and_save)
+
+
+def score_train_sample() -> None:
+    """Let each validation end with the task's sample of its training set, where it keeps one.
+
+    fairseq takes only splits that lie in files, and it chooses checkpoints by the first subset: this one comes last.
+    """
+
+    def scoring(validate: Any) -> Any:
+        def wrapped(cfg: Any, trainer: Any, task: Any, epoch_itr: Any, subsets: list[str]) -> Any:
+            sample = [TRAIN_SAMPLE] if TRAIN_SAMPLE in task.datasets else []
+            return validate(cfg, trainer, task, epoch_itr, [*subsets, *sample])
+
+        return wrapped
+
+    for module in _training_modules():
+        module.validate = scoring(module.validate)
+
+
+def _training_modules() -> list[Any]:
     # Only where it is there already: to import it would send the logs of the other commands to their output.
-    for name in ("fairseq_cli.train", "__main__"):  # the latter for `python -m fairseq_cli.train`
-        module = sys.modules.get(name)
-        if module is not None and hasattr(module, "validate_and_save"):
-            module.validate_and_save = stopping(module.validate_and_save)
+    modules = [sys.modules.get(name) for name in ("fairseq_cli.train", "__main__")]  # `python -m fairseq_cli.train`
+    return [module for module in modules if module is not None and hasattr(module, "validate_and_save")]
 
 
 def start_without_gpu() -> None:

@@ -21,6 +21,7 @@ from fairseq_plugins.nonfinite import NonFiniteGuard
 from fairseq_plugins.stopping import stopper
 from fairseq_plugins.tasks.batch_iterators import FixedBatches, TrainingEpochs
 from fairseq_plugins.tasks.parallel_dataset import Direction, ParallelDataset, Side, read_side
+from fairseq_plugins.tasks.validation import TRAIN_SAMPLE, check_metric, log_means, read_groups
 from mtmoe.errors import ConfigError, DataError, UnknownLanguage
 from mtmoe.training import curriculum
 from mtmoe.training.sampling import keyed_uniform
@@ -57,6 +58,10 @@ class MtmoeTranslationConfig(FairseqDataclass):
     valid_limit: int = field(
         default=0, metadata={"help": "validate on that many pairs of each direction, spread evenly (0 = all)"}
     )
+    train_sample: int = field(
+        default=0,
+        metadata={"help": "also score that many training pairs of each direction at each validation (0 = none)"},
+    )
     autocast: ChoiceEnum(["off", "bfloat16"]) = field(  # type: ignore[valid-type]
         default="off", metadata={"help": "number format of matrix products; unlike --bf16 it works on CPUs"}
     )
@@ -79,6 +84,7 @@ class MtmoeTranslationConfig(FairseqDataclass):
     max_update: int = II("optimization.max_update")
     update_freq: list[int] = II("optimization.update_freq")  # type: ignore[assignment]
     train_subset: str = II("dataset.train_subset")
+    best_checkpoint_metric: str = II("checkpoint.best_checkpoint_metric")
 
 
 @register_task("mtmoe_translation", dataclass=MtmoeTranslationConfig)
@@ -92,6 +98,7 @@ class MtmoeTranslationTask(FairseqTask):
         self.dictionary = dictionary
         self.directions = list(directions)
         """Names behind the ``direction`` numbers of a sample."""
+        self.groups = read_groups(Path(cfg.data), self.directions)
         self.guard = NonFiniteGuard(cfg.max_nonfinite_updates)
         self.num_updates = 0
         self.epochs: TrainingEpochs | None = None
@@ -180,6 +187,10 @@ class MtmoeTranslationTask(FairseqTask):
         dataset = ParallelDataset(directions, pad=self.dictionary.pad(), limit=limit, training=training)
         logger.info("%s: %d pairs in %d directions", split, len(dataset), len(directions))
         self.datasets[split] = dataset
+        if training and self.cfg.train_sample:
+            self.datasets[TRAIN_SAMPLE] = dataset.sample(self.cfg.train_sample)
+        if training:
+            check_metric(self.cfg.best_checkpoint_metric, self.directions, self.groups)
         self._sides.clear()
 
     def build_dataset_for_inference(
@@ -231,7 +242,7 @@ class MtmoeTranslationTask(FairseqTask):
                 f"{int(too_long.sum())} of {len(dataset)} pairs are longer than {max_positions} positions or "
                 f"max-tokens={max_tokens}, the longest {dataset.size(worst)}"
             )
-            if not ignore_invalid_inputs:
+            if not (ignore_invalid_inputs or dataset is self.datasets.get(TRAIN_SAMPLE)):
                 raise DataError(f"{text}; skip them with --skip-invalid-size-inputs-valid-test, or raise the limits")
             if too_long.all():
                 raise DataError(text)
@@ -327,6 +338,7 @@ class MtmoeTranslationTask(FairseqTask):
         if self.guard.skipped:
             metrics.log_scalar("skipped_updates", self.guard.skipped, weight=0, priority=520)
         criterion.__class__.reduce_metrics(logging_outputs)
+        log_means(logging_outputs, self.groups)
 
     # Decoding
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,6 +140,20 @@ class ParallelDataset(FairseqDataset):
     def size(self, index: int) -> tuple[int, int]:
         """Tokens of encoder and decoder input."""
         return int(self.sizes[index, 0]), int(self.sizes[index, 1])
+
+    def sample(self, limit: int) -> ParallelDataset:
+        """That many pairs of each direction, spread evenly over it, as a set of its own to be read once through.
+
+        The tokens are shared, so that it takes no memory, and the numbers of its pairs are its own.
+        """
+        part = copy.copy(self)
+        sizes = np.diff(self.first)
+        kept = np.concatenate([first + _spread(size, limit) for first, size in zip(self.first, sizes, strict=False)])
+        for name in ("direction", "source_start", "source_length", "target_start", "target_length", "sizes"):
+            setattr(part, name, getattr(self, name)[kept])
+        part.first = np.concatenate([[0], np.cumsum(np.bincount(part.direction, minlength=len(self.names)))])
+        part.training = False
+        return part
 
     def sizes_by_direction(self) -> dict[str, int]:
         """Direction -> number of its pairs."""

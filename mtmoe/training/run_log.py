@@ -88,5 +88,5 @@ def _summary(record: Mapping[str, Any]) -> str:
     if kind == "train":
         return ""
     ppl = f"  perplexity {record['ppl']:g}" if "ppl" in record else ""
-    best = f"  (best {record['best_loss']:g})" if "best_loss" in record else ""
-    return f"update {record['num_updates']:>6}  {kind} loss {record['loss']:.3f}{ppl}{best}"
+    best = "".join(f"  ({key.replace('_', ' ')} {record[key]:g})" for key in record if key.startswith("best_"))
+    return f"update {record['num_updates']:>6}  {kind.replace('_', ' ')} loss {record['loss']:.3f}{ppl}{best}"

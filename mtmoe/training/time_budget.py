@@ -87,14 +87,15 @@ def calibrate(config: TrainConfig, environment: Mapping[str, str]) -> dict[str, 
         raise MtmoeError(f"the training to measure the rate of updates ended with status {status}:\n  {tail}")
     (first_time, first), (last_time, last) = watch.steady[0], watch.steady[-1]
     # None came into the window: take a second for each minute of the budget, which is plenty for a valid-limit.
-    one = sum(watch.pauses) / len(watch.pauses) if watch.pauses else config.minutes * validates
+    paused = sum(watch.pauses.values())
+    one = paused / len(watch.pauses) if watch.pauses else config.minutes * validates
     intervals = [int(config.options.get(key) or 0) for key in ("validate-interval-updates", "save-interval-updates")]
     rate = max((1 / each for each in intervals if each), default=0.0)
     if watch.epoch_batches:
         freq = int(config.options.get("update-freq") or 1)
         rate += freq / watch.epoch_batches / int(config.options.get("validate-interval") or 1)
     return {
-        "update_seconds": max(last_time - first_time - sum(watch.pauses), 1e-6) / (last - first),
+        "update_seconds": max(last_time - first_time - paused, 1e-6) / (last - first),
         "start_seconds": watch.steady[0][0] - watch.begun - WARM_UPDATES * 0.1,
         "validation_seconds": one if validates else 0.0,
         "end_seconds": one + 1.0,
@@ -110,8 +111,8 @@ class _Calibration:
         self.lines: list[str] = []
         self.steady: list[tuple[float, int]] = []
         """(time, update) of each line of metrics after the warm-up."""
-        self.pauses: list[float] = []
-        """Seconds of each validation after the warm-up."""
+        self.pauses: dict[int, float] = {}
+        """Update -> seconds of its validation, over all sets that are scored; after the warm-up."""
         self.epoch_batches = 0
         self._validating = 0.0
 
@@ -132,6 +133,7 @@ class _Calibration:
             if record["num_updates"] >= WARM_UPDATES:
                 self.steady.append((now, int(record["num_updates"])))
         elif record["kind"] != "train" and self._validating and self.steady:
-            self.pauses.append(now - self._validating)
+            update = int(record["num_updates"])
+            self.pauses[update] = self.pauses.get(update, 0.0) + now - self._validating
             self._validating = 0.0
         return len(self.steady) > 2 and now - self.steady[0][0] > CALIBRATION_SECONDS

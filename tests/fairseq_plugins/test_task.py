@@ -26,7 +26,8 @@ PAD, EOS = 1, 2
 
 
 def make_task(data, **options):
-    fixed = {"seed": 1, "log_interval": 1, "max_update": 100, "update_freq": [1], "train_subset": "train"}
+    fixed = {"seed": 1, "log_interval": 1, "max_update": 100, "update_freq": [1], "train_subset": "train",
+             "best_checkpoint_metric": "loss"}  # fmt: skip
     config = OmegaConf.structured(MtmoeTranslationConfig(data=str(data)))
     OmegaConf.set_struct(config, False)
     return setup_task(OmegaConf.merge(config, {"_name": "mtmoe_translation", **fixed, **options}))
