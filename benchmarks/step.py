@@ -31,7 +31,11 @@ import fairseq_plugins  # noqa: F401, its repairs of fairseq are needed under a 
 from benchmarks.machine import describe, restart_with_quick_environment
 from benchmarks.report import machine_line, number, table
 from benchmarks.timing import alternate
-from fairseq_plugins.criterions.label_smoothed_cross_entropy import MtmoeCriterionConfig, MtmoeLabelSmoothedCrossEntropy
+from fairseq_plugins.criterions.label_smoothed_cross_entropy import (
+    AUXILIARY,
+    MtmoeCriterionConfig,
+    MtmoeLabelSmoothedCrossEntropy,
+)
 from fairseq_plugins.models.mtmoe_transformer import MtmoeTransformerModel, mtmoe_transformer
 from fairseq_plugins.optim.adamw import MtmoeAdamW, MtmoeAdamWConfig
 from mtmoe.files import write_json, write_text
@@ -98,7 +102,7 @@ def ours(args: argparse.Namespace, task: Any, num_experts: int = 0) -> tuple[Any
     model = MtmoeTransformerModel.build_model(options, task)
     weights = {
         name: getattr(MtmoeCriterionConfig(), name)
-        for name in ("load_balance_loss_weight", "router_z_loss_weight", "cmr_loss_weight", "cmr_budget")
+        for name in (*(f"{name}_weight" for name in AUXILIARY), "cmr_budget")
     }
     criterion = MtmoeLabelSmoothedCrossEntropy(task, label_smoothing=LABEL_SMOOTHING, sentence_avg=False, **weights)
     criterion.collect_routing = False  # as the task sets it between two lines of the log

@@ -13,10 +13,11 @@ from fairseq.logging import metrics
 from omegaconf import II
 from torch import Tensor, nn
 
+from mtmoe.errors import ConfigError
 from mtmoe.moe.losses import cmr_budget_loss
 from mtmoe.training.cross_entropy import label_smoothed_cross_entropy, label_smoothed_cross_entropy_from_logits
 
-AUXILIARY = ("load_balance_loss", "router_z_loss", "cmr_loss")
+AUXILIARY = ("load_balance_loss", "router_z_loss", "cluster_variance_loss", "cmr_loss")
 """Auxiliary losses, under the names that they are logged and weighted by."""
 
 
@@ -31,6 +32,13 @@ class MtmoeCriterionConfig(FairseqDataclass):
     router_z_loss_weight: float = field(
         default=0.0, metadata={"help": "weight of the router z-loss, summed over layers, for each target token"}
     )
+    cluster_variance_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight of the variance of routing within clusters of experts, summed over layers, for each target "
+            "token; needs expert_clusters"
+        },
+    )
     cmr_loss_weight: float = field(
         default=0.1, metadata={"help": "weight of the budget loss of conditional MoE routing, for each target token"}
     )
@@ -42,7 +50,7 @@ class MtmoeCriterionConfig(FairseqDataclass):
 
 @register_criterion("mtmoe_label_smoothed_cross_entropy", dataclass=MtmoeCriterionConfig)
 class MtmoeLabelSmoothedCrossEntropy(FairseqCriterion):
-    """``LS-NLL + tokens * (w_lb * sum of load balance + w_z * sum of router z + w_cmr * budget loss)``.
+    """``LS-NLL + tokens * (w_lb * load balance + w_z * router z + w_cv * cluster variance + w_cmr * budget loss)``.
 
     A model says what its routing did in ``net_output[1]["routing"]``: (layer name, `mtmoe.moe.MoEOutput`) pairs; a
     dense one has none, and its loss and logs are those of fairseq's ``label_smoothed_cross_entropy``. In validation the
@@ -55,15 +63,15 @@ class MtmoeLabelSmoothedCrossEntropy(FairseqCriterion):
         label_smoothing: float,
         load_balance_loss_weight: float,
         router_z_loss_weight: float,
+        cluster_variance_loss_weight: float,
         cmr_loss_weight: float,
         cmr_budget: float,
         sentence_avg: bool,
     ) -> None:
         super().__init__(task)
         self.label_smoothing, self.sentence_avg, self.cmr_budget = label_smoothing, sentence_avg, cmr_budget
-        self.weights = dict(
-            zip(AUXILIARY, (load_balance_loss_weight, router_z_loss_weight, cmr_loss_weight), strict=True)
-        )
+        weights = (load_balance_loss_weight, router_z_loss_weight, cluster_variance_loss_weight, cmr_loss_weight)
+        self.weights = dict(zip(AUXILIARY, weights, strict=True))
         self.collect_routing = True
         """Whether the next forward pass gathers entropy and load by layer; the task sets it where they are shown."""
 
@@ -114,12 +122,18 @@ class MtmoeLabelSmoothedCrossEntropy(FairseqCriterion):
 
         Returns:
             Name -> () fp32.
+
+        Raises:
+            ConfigError: the cluster variance is weighted, but experts have no clusters.
         """
         losses = {}
-        for key in ("load_balance", "router_z"):
+        for key in ("load_balance", "router_z", "cluster_variance"):
             values = [output.losses[key] for _, output in routing if key in output.losses]
             if values:
                 losses[f"{key}_loss"] = torch.stack(values).sum()
+        weight = self.weights["cluster_variance_loss"]
+        if weight and "cluster_variance_loss" not in losses:
+            raise ConfigError(f"cluster_variance_loss_weight={weight} needs expert_clusters; give their number")
         gates = [output.statistics for _, output in routing if output.statistics.cmr_gate_sum is not None]
         if gates:
             losses["cmr_loss"] = cmr_budget_loss(

@@ -17,6 +17,7 @@ from mtmoe import kernels
 from mtmoe.errors import ConfigError
 from mtmoe.kernels.linear import autocast_dtype
 from mtmoe.moe import MoELayer
+from mtmoe.moe.clusters import surviving_experts
 
 
 class QuickDropout(FairseqDropout):
@@ -224,6 +225,9 @@ class MoESublayer(nn.Module):
 
     moe: MoELayer
     layer_name: str
+    seed = 1
+    """Of the run, for what is drawn by update; fairseq's default until the model is built."""
+    survivors: Tensor | None
 
     def replace_feed_forward(self, cfg: Any, side: str, index: int) -> None:
         """Put a MoE layer in the place of the two linear maps that fairseq's constructor made."""
@@ -232,7 +236,13 @@ class MoESublayer(nn.Module):
         del self.fc1, self.fc2
         self.moe = MoELayer(moe_config(cfg, side), backend=None if cfg.moe_kernel == "auto" else cfg.moe_kernel)
         self.layer_name = f"{side}.{index}"
+        self.layer_number = 2 * index + (side == "decoder")
         self.recompute = bool(cfg.checkpoint_activations)
+        self.set_num_updates(0)
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Choose the experts that take part in the next update; called by fairseq before each."""
+        self.survivors = surviving_experts(self.moe.config, self.seed, num_updates, self.layer_number)
 
     def feed_forward_dtype(self, x: Tensor) -> torch.dtype | None:
         """The gate reads what the norm makes, in its own type."""
@@ -240,7 +250,7 @@ class MoESublayer(nn.Module):
 
     def feed_forward(self, x: Tensor, normed: Tensor, padding_mask: Tensor | None) -> Tensor:
         """The MoE sublayer; see `Sublayers.feed_forward`."""
-        output = self.moe(normed, None if padding_mask is None else padding_mask.t())
+        output = self.moe(normed, None if padding_mask is None else padding_mask.t(), self.survivors)
         record(self.layer_name, output)
         return self.close(x, output.y, 0.0)
 

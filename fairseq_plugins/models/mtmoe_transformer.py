@@ -21,6 +21,7 @@ from fairseq_plugins.models.layers import (
     EncoderLayer,
     MoEDecoderLayer,
     MoEEncoderLayer,
+    MoESublayer,
     use_quick_dropout,
 )
 from fairseq_plugins.models.recording import recording
@@ -87,7 +88,12 @@ class MtmoeTransformerModel(TransformerModelBase):
     def build_model(cls, args: Namespace, task: Any) -> MtmoeTransformerModel:
         """Make a model; called by fairseq."""
         mtmoe_transformer(args)  # a checkpoint of an older version may lack newer options
-        return super().build_model(MtmoeTransformerConfig.from_namespace(args), task)
+        model = super().build_model(MtmoeTransformerConfig.from_namespace(args), task)
+        for layer in model.modules():
+            if isinstance(layer, MoESublayer):
+                layer.seed = getattr(args, "seed", MoESublayer.seed)
+        model.set_num_updates(0)
+        return model
 
     @classmethod
     def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Embedding) -> MoETransformerEncoder:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mtmoe.errors import CheckpointError
 from mtmoe.moe import MoEConfig
+from mtmoe.moe.config import LATER_FIELDS
 
 ACTIVATIONS = ("relu", "gelu")
 
@@ -111,7 +112,7 @@ class TransformerConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TransformerConfig:
-        """Rebuild what `to_json` gave.
+        """Rebuild what `to_json` gave, or gave before the fields of MoE layers that came later.
 
         Raises:
             CheckpointError: a key is missing or unknown, or a value is of the wrong type or out of range.
@@ -119,7 +120,8 @@ class TransformerConfig:
         plain = _strict(cls, values, "model")
         for side in ("encoder_moe", "decoder_moe"):
             if plain[side] is not None:
-                plain[side] = _build(MoEConfig, _strict(MoEConfig, plain[side], f"model.{side}"), f"model.{side}")
+                given = _strict(MoEConfig, plain[side], f"model.{side}", optional=LATER_FIELDS)
+                plain[side] = _build(MoEConfig, given, f"model.{side}")
         config: TransformerConfig = _build(cls, plain, "model")
         return config
 
@@ -129,12 +131,13 @@ class TransformerConfig:
             raise ValueError(f"{name}={value} must be at least {least}")
 
 
-def _strict(kind: type, values: Any, where: str) -> dict[str, Any]:
-    """The values of a dataclass, refused unless their names and plain types are exactly its fields'."""
+def _strict(kind: type, values: Any, where: str, optional: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a dataclass, refused unless names and plain types are its fields'; optional ones may lack."""
     if not isinstance(values, Mapping):
         raise CheckpointError(f"{where} must be an object with the fields of {kind.__name__}, not {values!r}")
     names = [field.name for field in fields(kind)]
-    missing, unknown = [n for n in names if n not in values], [n for n in values if n not in names]
+    missing = [name for name in names if name not in values and name not in optional]
+    unknown = [name for name in values if name not in names]
     if missing or unknown:
         problems = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(
             unknown
@@ -142,6 +145,8 @@ def _strict(kind: type, values: Any, where: str) -> dict[str, Any]:
         raise CheckpointError(f"{where} {' and '.join(problems)}")
     allowed: dict[str, tuple[type, ...]] = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)}
     for field in fields(kind):
+        if field.name not in values:
+            continue
         value, types = values[field.name], allowed.get(str(field.type))
         # JSON's true is an int in Python; as a size it is a mistake.
         if types and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):

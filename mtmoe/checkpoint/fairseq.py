@@ -16,6 +16,7 @@ from mtmoe.checkpoint.config import TransformerConfig
 from mtmoe.checkpoint.stored import LanguageSet, StoredModel, check_tensors, read_json
 from mtmoe.errors import CheckpointError
 from mtmoe.moe import MoEConfig
+from mtmoe.moe.config import LATER_FIELDS
 
 HARMLESS_PACKAGES = ("argparse", "fairseq", "fairseq_plugins", "numpy", "omegaconf")
 """Nothing of these is imported: what a checkpoint wants from them is replaced by `_Inert`, which only keeps values."""
@@ -133,7 +134,8 @@ def read_model(path: Path, data: Path | None = None) -> StoredModel:
 
 
 def transformer_config(checkpoint: FairseqCheckpoint) -> TransformerConfig:
-    """Map fairseq's options to ours; the one place where that happens. A missing option is an error, not a default.
+    """Map fairseq's options to ours; the one place where that happens. A missing option is an error, not a default, but
+    for those that came later than the checkpoint may be.
 
     Raises:
         CheckpointError: an option is missing or asks for something that mtmoe does not compute.
@@ -216,6 +218,9 @@ class _Options:
             raise CheckpointError(f"{self.checkpoint.path} lacks the model option {name}")
         return self.checkpoint.model[name]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.checkpoint.model
+
 
 def _moe_freq(option: _Options, side: str) -> int:
     own = option[f"{side}_moe_freq"]
@@ -233,7 +238,11 @@ def _moe_config(option: _Options, side: str) -> MoEConfig | None:
         "activation": option["activation_fn"],
         "activation_dropout": option["activation_dropout"],
     }
-    own = {field.name: option[field.name] for field in fields(MoEConfig) if field.name not in derived}
+    own = {
+        field.name: option[field.name]
+        for field in fields(MoEConfig)
+        if field.name not in derived and (field.name in option or field.name not in LATER_FIELDS)
+    }
     return MoEConfig(**derived, **own)
 
 

@@ -13,6 +13,17 @@ WEIGHT_NORMALISATIONS = ("after_drop", "before_drop", "none")
 MASKING_SCALES = ("eval", "inverted")
 CMR_GATE_DROP_MODES = ("inverted", "mask")
 GATING_DROPOUT_MODES = ("gate", "gate_expert")
+RATES = (
+    "dropout", "activation_dropout", "eom", "fom", "cmr_gate_drop", "gating_dropout", "jitter",
+    "cluster_expert_dropout",
+)  # fmt: skip
+CLUSTER_VARIANCE_SCALES = ("mean", "sum")
+
+LATER_FIELDS = (
+    "cosine_gate_dim", "expert_clusters", "cluster_variance_type", "cluster_variance_scale",
+    "cluster_expert_dropout", "cluster_expert_dropout_interval",
+)  # fmt: skip
+"""Fields that models saved by earlier versions lack; at its default each leaves a layer as it was without the field."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +39,10 @@ class MoEConfig:
     top_k: int = 2
     """Experts that each token uses; 1 is Switch, 2 is GShard."""
     gate: str = "topk"
-    """Gate family, a key of `mtmoe.moe.gates.GATES`."""
+    """topk: one linear map (Switch, GShard); moec: cosine similarity to each expert with a learnt temperature, top_k 1
+    (MoEC)."""
+    cosine_gate_dim: int = 32
+    """Width in which the moec gate compares tokens with experts."""
     activation: str = "relu"
     """Between the two matrices of an expert: relu, gelu or silu."""
     second_expert_policy: str = "all"
@@ -75,18 +89,32 @@ class MoEConfig:
     """On such steps: gate sends tokens to the experts of their own rank, gate_expert skips the experts (0.2)."""
     gating_dropout_ranks: int = 0
     """Ranks emulated in one process for gating dropout; 0 means one expert a rank."""
+    expert_clusters: int = 0
+    """Clusters of experts with consecutive numbers (MoEC), for cluster_variance_loss_weight and cluster_expert_dropout,
+    under either gate; 0 means none."""
+    cluster_variance_type: int = 1
+    """Variance of the gate's mean probabilities that the cluster loss holds down: 0 over all experts, 1 within each
+    cluster (MoEC), 2 the same over exp(gap), which also parts a token's best group of experts from its next."""
+    cluster_variance_scale: str = "mean"
+    """mean: the variance is of means over tokens, so that its weight suits any batch; sum: of sums over tokens, as in
+    MoEC (weight 0.01 there), x the tokens of a batch."""
+    cluster_expert_dropout: float = 0.0
+    """Share of each cluster's experts that takes no part in training for a while, rounded down (MoEC: 0.5); one at
+    least takes part."""
+    cluster_expert_dropout_interval: int = 250
+    """Updates after which cluster_expert_dropout draws other experts."""
     load_balance_include_padding: bool = False
     """Count padding in the load-balance loss, as NLLB's release does."""
     init_scale: float = 1.0
     """Scale of the variance of an expert's initial weights (Switch: 0.1)."""
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "d_ffn", "num_experts"):
+        for name in ("d_model", "d_ffn", "num_experts", "cosine_gate_dim", "cluster_expert_dropout_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"top_k={self.top_k} must be between 1 and num_experts={self.num_experts}")
-        for name in ("dropout", "activation_dropout", "eom", "fom", "cmr_gate_drop", "gating_dropout", "jitter"):
+        for name in RATES:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")
         for name, allowed in (
@@ -95,10 +123,11 @@ class MoEConfig:
             ("masking_scale", MASKING_SCALES),
             ("cmr_gate_drop_mode", CMR_GATE_DROP_MODES),
             ("gating_dropout_mode", GATING_DROPOUT_MODES),
+            ("cluster_variance_scale", CLUSTER_VARIANCE_SCALES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}")
-        for name in ("capacity_factor", "eval_capacity_factor", "init_scale", "cmr_d_ffn"):
+        for name in ("capacity_factor", "eval_capacity_factor", "init_scale", "cmr_d_ffn", "expert_clusters"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0.0 <= self.eval_capacity_token_fraction <= 1.0:
@@ -119,11 +148,49 @@ class MoEConfig:
             raise ValueError(
                 f"gating_dropout_ranks={self.gating_dropout_ranks} must divide num_experts={self.num_experts}"
             )
+        self._check_clusters()
+
+    def _check_clusters(self) -> None:
+        clusters, rate = self.expert_clusters, self.cluster_expert_dropout
+        if self.gate == "moec" and self.top_k != 1:
+            raise ValueError(f"gate='moec' sends a token to one expert: set top_k=1 instead of {self.top_k}")
+        if self.cluster_variance_type not in (0, 1, 2):
+            raise ValueError(f"cluster_variance_type={self.cluster_variance_type} must be 0, 1 or 2")
+        if clusters and self.num_experts % clusters:
+            raise ValueError(f"expert_clusters={clusters} must divide num_experts={self.num_experts}")
+        if clusters == 1 and self.cluster_variance_type == 2:
+            raise ValueError("cluster_variance_type=2 compares clusters: set expert_clusters to 2 or more")
+        if rate == 0:
+            return
+        if not clusters:
+            raise ValueError(f"cluster_expert_dropout={rate} needs expert_clusters; give their number")
+        size = self.num_experts // clusters
+        if self.cluster_survivors == size:
+            raise ValueError(
+                f"cluster_expert_dropout={rate} drops no expert of clusters of {size}; raise it, or set fewer clusters"
+            )
+        if clusters * self.cluster_survivors < self.top_k:
+            raise ValueError(
+                f"cluster_expert_dropout={rate} leaves {clusters * self.cluster_survivors} experts, fewer than "
+                f"top_k={self.top_k}"
+            )
+        if self.gating_dropout > 0 and self.gating_dropout_mode == "gate":
+            raise ValueError(
+                "gating_dropout would send tokens to experts that cluster_expert_dropout leaves out; use one of the "
+                "two, or gating_dropout_mode='gate_expert'"
+            )
 
     @property
     def ranks(self) -> int:
         """Emulated ranks of gating dropout, with 0 resolved to one expert a rank."""
         return self.gating_dropout_ranks or self.num_experts
+
+    @property
+    def cluster_survivors(self) -> int:
+        """Experts of each cluster that take part at a time under cluster_expert_dropout."""
+        size = self.num_experts // (self.expert_clusters or 1)
+        # The small term: 0.29 * 100 is 28.999… in floating point, and means 29.
+        return max(1, size - int(self.cluster_expert_dropout * size + 1e-6))
 
 
 def field_help() -> dict[str, str]:

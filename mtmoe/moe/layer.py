@@ -47,28 +47,39 @@ class MoELayer(nn.Module):
         self.experts = ExpertBank(config, backend)
         self.conditional = ConditionalRouting(config) if config.cmr else None
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> MoEOutput:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, survivors: Tensor | None = None) -> MoEOutput:
         """Send each token through its experts.
 
         Args:
             x: (…, d_model), any float type.
             padding_mask: (…) bool, True at padding, which is not routed and takes no capacity; None when there is none.
+            survivors: (survivors,) int64 of `mtmoe.moe.clusters.surviving_experts`, the experts that take part in
+                training; None for all. Evaluation uses all experts whatever is given.
 
         Returns:
             The output in the shape of `x`, the losses and the statistics.
 
         Raises:
-            ValueError: a shape does not fit.
+            ValueError: a shape does not fit, or cluster_expert_dropout is on in training without `survivors`.
         """
         config = self.config
         if x.shape[-1] != config.d_model:
             raise ValueError(f"x of shape {tuple(x.shape)} must end in d_model={config.d_model}")
         if padding_mask is not None and padding_mask.shape != x.shape[:-1]:
             raise ValueError(f"padding_mask {tuple(padding_mask.shape)} must be of shape {tuple(x.shape[:-1])}, as x")
+        if not self.training:
+            survivors = None
+        elif survivors is not None:
+            survivors = survivors.to(x.device)
+        elif config.cluster_expert_dropout > 0:
+            raise ValueError(
+                f"cluster_expert_dropout={config.cluster_expert_dropout} needs survivors in training: give those of "
+                "mtmoe.moe.clusters.surviving_experts"
+            )
         tokens = x.reshape(-1, config.d_model)
         real = None if padding_mask is None else ~padding_mask.reshape(-1)
 
-        chosen = self.gate(tokens, real)
+        chosen = self.gate(tokens, real, survivors)
         seated = limit(chosen, config, self.training)
         decision = drop_gating(seated, config, self.training)
         # EOM hides expert outputs; hidden pairs are not worth computing, so it stands before dispatch.
@@ -85,5 +96,5 @@ class MoELayer(nn.Module):
             if real is not None:
                 y = y.masked_fill(~real[:, None], 0)
         y = mask_final_output(y, config, self.training)
-        statistics = gather_statistics(chosen, seated, real, gates)
+        statistics = gather_statistics(chosen, seated, real, gates, survivors)
         return MoEOutput(y.view(x.shape), chosen.losses, statistics)

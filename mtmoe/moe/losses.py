@@ -66,6 +66,58 @@ def router_z_loss(gate_logits: Tensor) -> Tensor:
     return gate_logits.logsumexp(dim=-1).square().mean()
 
 
+def cluster_variance_loss(
+    probability: Tensor, tokens: Tensor | int, clusters: int, *, scale: str = "mean", gap: Tensor | None = None
+) -> Tensor:
+    """Hold experts of one cluster alike: the variance of their probabilities, so that each learns from similar tokens.
+
+    ``num_experts * mean over clusters of variance over a cluster's experts(probability / tokens)``; a variance here is
+    divided by the number of experts, so that a cluster of one has none.
+
+    Args:
+        probability: (num_experts,) fp32, gate probability summed over tokens, the experts of a cluster side by side;
+            gets a gradient. Under cluster-level expert dropout only the experts that take part.
+        tokens: that the sums are over, at least 1; a () tensor or a number.
+        clusters: their number; 1 takes the variance over all experts (type 0 of MoEC).
+        scale: ``mean``, or ``sum`` for the variance of the sums over `tokens`, which, times the tokens of a batch, is
+            the loss of MoEC's release.
+        gap: () fp32 of `cluster_gap`; the variance is divided by ``exp(gap)`` (type 2). None leaves that out.
+
+    Returns:
+        () fp32, not yet weighted.
+
+    Source: Xie et al. 2022 (MoEC).
+    """
+    variance: Tensor = (probability / tokens).view(clusters, -1).var(dim=1, correction=0).mean()
+    if gap is not None:
+        variance = variance / gap.exp()
+    return variance * len(probability) * (tokens if scale == "sum" else 1)
+
+
+def cluster_gap(gate_probs: Tensor, tokens: Tensor | int, clusters: int, real: Tensor | None = None) -> Tensor:
+    """How clearly tokens prefer as many experts as a cluster has to the next ones.
+
+    A token's probabilities are sorted and cut into `clusters` groups; the mean of the best group less that of the next
+    one, averaged over tokens.
+
+    Args:
+        gate_probs: (tokens, num_experts) fp32; gets a gradient.
+        tokens: real tokens, at least 1.
+        clusters: their number, at least 2.
+        real: (tokens,) bool, False for padding; None when every token is real.
+
+    Returns:
+        () fp32, from 0 (even) to clusters / num_experts.
+
+    Source: Xie et al. 2022 (MoEC), type 2 of its variance loss.
+    """
+    groups = gate_probs.sort(dim=-1, descending=True).values.unflatten(1, (clusters, -1)).mean(dim=-1)
+    gap: Tensor = groups[:, 0] - groups[:, 1]
+    if real is not None:
+        gap = gap.masked_fill(~real, 0)
+    return gap.sum() / tokens
+
+
 def cmr_budget_loss(gate_sums: Sequence[Tensor], token_counts: Sequence[Tensor], budget: float) -> Tensor:
     """Hold the share of tokens that use the experts near a budget, over all CMR layers together.
 

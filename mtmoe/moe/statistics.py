@@ -33,6 +33,8 @@ class RoutingStatistics:
     """() fp32, with gradient: sum of the CMR gates; None without CMR."""
     cmr_gate_count: Tensor | None = None
     """() int64: tokens that `cmr_gate_sum` is over; None without CMR."""
+    survivors: Tensor | None = None
+    """(survivors,) int64: experts that took part; None when all did."""
 
     @property
     def entropy(self) -> Tensor:
@@ -49,13 +51,19 @@ class RoutingStatistics:
 
     @property
     def load(self) -> Tensor:
-        """(num_experts,) fp32: each expert's share of the choices x num_experts; 1 is an even load."""
-        choices = self.tokens_per_expert.sum().clamp(min=1)
-        return self.tokens_per_expert * len(self.tokens_per_expert) / choices
+        """(num_experts or survivors,) fp32: each expert's share of the choices x their number; 1 is an even load."""
+        per_expert = self.tokens_per_expert
+        if self.survivors is not None:
+            per_expert = per_expert[self.survivors]
+        return per_expert * len(per_expert) / per_expert.sum().clamp(min=1)
 
 
 def gather_statistics(
-    chosen: RoutingDecision, seated: RoutingDecision, real: Tensor | None, gates: ConditionalGates | None
+    chosen: RoutingDecision,
+    seated: RoutingDecision,
+    real: Tensor | None,
+    gates: ConditionalGates | None,
+    survivors: Tensor | None = None,
 ) -> RoutingStatistics:
     """Count what a batch's routing did.
 
@@ -64,6 +72,7 @@ def gather_statistics(
         seated: the same after capacity.
         real: (tokens,) bool, False for padding; None when all tokens are real.
         gates: of CMR, if the layer has it.
+        survivors: (survivors,) int64, the experts that took part; None when all did.
 
     Raises:
         ValueError: the gate's decision comes without counts.
@@ -86,4 +95,5 @@ def gather_statistics(
         real=real,
         cmr_gate_sum=None if gates is None else gates.total,
         cmr_gate_count=None if gates is None else gates.count,
+        survivors=survivors,
     )

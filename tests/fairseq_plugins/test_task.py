@@ -257,18 +257,21 @@ class Toy(nn.Module):
         return (x if features_only else self.decoder.output_projection(x)), extra
 
 
-def routing(load_balance, gate=None):
+def routing(load_balance, gate=None, **losses):
     statistics = SimpleNamespace(
         load=torch.tensor([1.5, 0.5, 0.0]), entropy=torch.tensor(0.7), dropped_share=torch.tensor(0.25),
         cmr_gate_sum=None if gate is None else torch.tensor(gate * 10, requires_grad=True),
         cmr_gate_count=None if gate is None else torch.tensor(10),
     )  # fmt: skip
-    losses = {"load_balance": torch.tensor(load_balance, requires_grad=True), "router_z": torch.tensor(4.0)}
+    losses |= {"load_balance": torch.tensor(load_balance, requires_grad=True), "router_z": torch.tensor(4.0)}
     return SimpleNamespace(losses=losses, statistics=statistics)
 
 
 def make_criterion(task, **weights):
-    given = {"load_balance_loss_weight": 0.01, "router_z_loss_weight": 0.0, "cmr_loss_weight": 0.1, "cmr_budget": 0.8}
+    given = {
+        "load_balance_loss_weight": 0.01, "router_z_loss_weight": 0.0, "cluster_variance_loss_weight": 0.0,
+        "cmr_loss_weight": 0.1, "cmr_budget": 0.8,
+    }  # fmt: skip
     return MtmoeLabelSmoothedCrossEntropy(task, label_smoothing=0.1, sentence_avg=False, **{**given, **weights})
 
 
@@ -308,6 +311,19 @@ def test_auxiliary_losses_are_added_in_training_only(loaded):
     assert log["load_balance_loss"] == pytest.approx(2.6 * tokens, rel=1e-5)
     assert math.isclose(sum(log[f"nll_loss_{d}"] for d in loaded.directions), float(log["nll_loss"]), rel_tol=1e-5)
     assert sum(log[f"ntokens_{d}"] for d in loaded.directions) == tokens
+
+
+def test_the_cluster_variance_is_weighted_where_experts_have_clusters(loaded):
+    sample = loaded.dataset("train").collater([1, 2, 3])
+    dense = make_criterion(loaded)(Toy(), sample)[0]
+    layers = [(name, routing(0.0, cluster_variance=torch.tensor(0.3))) for name in ("encoder.1", "decoder.1")]
+    criterion = make_criterion(loaded, cluster_variance_loss_weight=0.5)
+    loss, _, log = criterion(Toy(layers), sample)
+    torch.testing.assert_close(loss, dense + sample["ntokens"] * 0.5 * 0.6)
+    assert log["cluster_variance_loss"] == pytest.approx(0.6 * sample["ntokens"])
+    with pytest.raises(ConfigError, match=r"cluster_variance_loss_weight=0\.5 needs expert_clusters"):
+        criterion(Toy([("encoder.1", routing(0.0))]), sample)
+    criterion(Toy(), sample)  # a dense model has no experts at all
 
 
 # Optimiser

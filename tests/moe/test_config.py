@@ -42,6 +42,23 @@ SIZES = {"d_model": 4, "d_ffn": 8}
         ({"eom": 1.0, "masking_scale": "inverted"}, "eom=1.0 cannot be scaled by 1 / \\(1 - rate\\)"),
         ({"cmr": True, "cmr_gate_drop": 1.0}, "cmr_gate_drop=1.0 cannot be scaled"),
         ({"gating_dropout_ranks": 3}, "gating_dropout_ranks=3 must divide num_experts=8"),
+        ({"gate": "moec"}, "gate='moec' sends a token to one expert: set top_k=1 instead of 2"),
+        ({"cosine_gate_dim": 0}, "cosine_gate_dim=0 must be at least 1"),
+        ({"expert_clusters": -1}, "expert_clusters=-1 must not be negative"),
+        ({"expert_clusters": 3}, "expert_clusters=3 must divide num_experts=8"),
+        ({"cluster_variance_type": 3}, "cluster_variance_type=3 must be 0, 1 or 2"),
+        ({"expert_clusters": 1, "cluster_variance_type": 2}, "cluster_variance_type=2 compares clusters: set"),
+        ({"cluster_variance_scale": "tokens"}, "cluster_variance_scale='tokens' must be one of: mean, sum"),
+        ({"cluster_expert_dropout": 0.5}, "cluster_expert_dropout=0.5 needs expert_clusters; give their number"),
+        ({"cluster_expert_dropout": 1.5}, "cluster_expert_dropout=1.5 must be between 0 and 1"),
+        ({"cluster_expert_dropout_interval": 0}, "cluster_expert_dropout_interval=0 must be at least 1"),
+        ({"cluster_expert_dropout": 0.2, "expert_clusters": 2}, "drops no expert of clusters of 4; raise it, or set"),
+        ({"cluster_expert_dropout": 0.5, "expert_clusters": 8}, "drops no expert of clusters of 1"),
+        ({"cluster_expert_dropout": 1.0, "expert_clusters": 1}, "leaves 1 experts, fewer than top_k=2"),
+        (
+            {"cluster_expert_dropout": 0.5, "expert_clusters": 2, "gating_dropout": 0.3},
+            "gating_dropout would send tokens to experts that cluster_expert_dropout leaves out; use one of the two",
+        ),
     ],
 )
 def test_error_tells_what_was_given_and_what_is_allowed(options, text):
@@ -58,6 +75,14 @@ def test_error_tells_what_was_given_and_what_is_allowed(options, text):
         {"gating_dropout": 1.0},
         {"num_experts": 1, "top_k": 1, "normalize_weights": "none"},
         {"top_k": 8},
+        {"expert_clusters": 8, "cluster_variance_type": 2},
+        {"expert_clusters": 2, "cluster_expert_dropout": 1.0},
+        {
+            "expert_clusters": 2,
+            "cluster_expert_dropout": 0.5,
+            "gating_dropout": 0.2,
+            "gating_dropout_mode": "gate_expert",
+        },
     ],
 )
 def test_extremes_that_make_sense_are_allowed(options):

@@ -20,6 +20,14 @@ METHODS = {
     "CMR gate dropout, mask": {"cmr": True, "cmr_gate_drop": 0.3, "cmr_gate_drop_mode": "mask"},
     "gating dropout": {"gating_dropout": 0.5},
     "gate-expert dropout": {"gating_dropout": 0.5, "gating_dropout_mode": "gate_expert"},
+    "MoEC": {
+        "gate": "moec",
+        "top_k": 1,
+        "normalize_weights": "none",
+        "expert_clusters": 2,
+        "jitter": 0.1,
+        "eom": 0.3,
+    },
     "all": {
         "dropout": 0.1,
         "jitter": 0.01,
@@ -33,7 +41,10 @@ METHODS = {
         "batch_prioritized": True,
     },
 }
-RATES = ("dropout", "activation_dropout", "jitter", "eom", "fom", "cmr_gate_drop", "gating_dropout")
+RATES = (
+    "dropout", "activation_dropout", "jitter", "eom", "fom", "cmr_gate_drop", "gating_dropout",
+    "cluster_expert_dropout",
+)  # fmt: skip
 
 
 def small(**options) -> MoEConfig:
@@ -105,6 +116,7 @@ def test_losses_are_computed_in_evaluation_too(options):
     [
         ({}, True),
         ({"cmr": True}, True),
+        ({"gate": "moec", "top_k": 1, "normalize_weights": "none", "expert_clusters": 2}, True),
         ({"second_expert_policy": "threshold"}, True),
         ({"capacity_factor": 0.5}, False),
         ({"capacity_factor": 0.5, "eval_capacity_factor": 0.5}, True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import assume
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtmoe.moe import MoEConfig, MoELayer
+from mtmoe.moe.clusters import surviving_experts
 from reference import moe as reference
 from reference.compare import gradients
 
@@ -29,6 +30,7 @@ class Case:
     padding: Tensor
     direction: Tensor
     seed: int
+    survivors: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"Case({self.config}, tokens={len(self.x)}, padding={self.padding.tolist()}, seed={self.seed})"
@@ -60,7 +62,8 @@ def make_case(config: MoEConfig, tokens: int, padding: str = "none", crowd: str 
         mask = torch.arange(tokens) >= (2 * tokens + 2) // 3
     else:
         mask = torch.zeros(tokens, dtype=torch.bool)
-    return Case(config, layer, x, mask, draw(tokens, config.d_model), seed)
+    survivors = surviving_experts(config, seed, update=0, layer=0)
+    return Case(config, layer, x, mask, draw(tokens, config.d_model), seed, survivors)
 
 
 @st.composite
@@ -89,12 +92,41 @@ def configs(draw: Callable, policies: tuple[str, ...] = ("all", "threshold"), cm
 
 
 @st.composite
+def clustered(draw: Callable, config: MoEConfig) -> MoEConfig:
+    """The same config with clusters of experts, maybe with MoEC's gate, maybe without some of the experts."""
+    clusters, size = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3, 4]))
+    rates = [rate for rate in (0.34, 0.5, 1.0) if size > 1 and int(rate * size)]
+    rate = draw(st.sampled_from([0.0, *rates]))
+    survivors = max(1, size - int(rate * size))
+    top_k = min(config.top_k, clusters * survivors)
+    return replace(
+        config,
+        gate=draw(st.sampled_from(["topk", "moec"])) if top_k == 1 else "topk",
+        top_k=top_k,
+        normalize_weights="none" if top_k == 1 else config.normalize_weights,
+        num_experts=clusters * size,
+        cosine_gate_dim=draw(st.sampled_from([2, 5])),
+        expert_clusters=clusters,
+        cluster_variance_type=draw(st.sampled_from([0, 1, 2] if clusters > 1 else [0, 1])),
+        cluster_variance_scale=draw(st.sampled_from(["mean", "sum"])),
+        cluster_expert_dropout=rate,
+    )
+
+
+@st.composite
 def cases(
-    draw: Callable, policies: tuple[str, ...] = ("all", "threshold"), cmr: bool | None = None, max_tokens: int = 21
+    draw: Callable,
+    policies: tuple[str, ...] = ("all", "threshold"),
+    cmr: bool | None = None,
+    max_tokens: int = 21,
+    clusters: bool = False,
 ) -> Case:
-    """A layer with input whose routing does not hang on rounding."""
+    """A layer with input whose routing does not hang on rounding; `clusters` adds MoEC's options."""
+    config = draw(configs(policies, cmr))
+    if clusters:
+        config = draw(clustered(config))
     case = make_case(
-        draw(configs(policies, cmr)),
+        config,
         tokens=draw(st.one_of(st.sampled_from([0, 1, 2]), st.integers(3, max_tokens))),
         padding=draw(st.sampled_from(PADDINGS)),
         crowd=draw(st.sampled_from(CROWDS)),
@@ -107,7 +139,8 @@ def cases(
 def clear_cut(case: Case, gap: float = 2e-5) -> bool:
     """No two values that routing compares are closer than fp32 can tell apart."""
     config = case.config
-    logits = case.x @ case.layer.gate.weight.detach().T
+    with torch.no_grad():
+        logits = case.layer.eval().gate.logits(case.x)
     ranked = logits.sort(dim=-1).values
     clear = bool((ranked.diff(dim=-1) > gap).all())
     probs = logits.softmax(dim=-1)
@@ -125,6 +158,8 @@ def value_and_gradients(
 ) -> dict[str, Tensor]:
     """Output, losses and the gradients of a mixture of all of them, by name."""
     total = (y.double() * direction).sum() + 0.7 * losses["load_balance"].double() + 0.3 * losses["router_z"].double()
+    if "cluster_variance" in losses:
+        total = total + 1.1 * losses["cluster_variance"].double()
     found = {"y": y, **losses}
     if gate_sum is not None:
         total = total + 0.9 * gate_sum.double()
@@ -140,7 +175,7 @@ def run_layer(case: Case, dtype: torch.dtype, training: bool, autocast: bool = F
     mask = case.padding if case.padding.any() else None
     torch.manual_seed(case.seed)
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-        output = layer(x, mask)
+        output = layer(x, mask, case.survivors)
         inputs = {"x": x, **dict(layer.named_parameters())}
         return value_and_gradients(output.y, output.losses, output.statistics.cmr_gate_sum, case.direction, inputs)
 
@@ -150,11 +185,15 @@ def run_reference(case: Case, training: bool, combine: str = "loop") -> dict[str
     chosen = None
     if case.config.second_expert_policy in ("sampling", "random"):
         torch.manual_seed(case.seed)
-        decision = case.layer.train(training).gate(case.x, ~case.padding)
+        survivors = case.survivors if training else None
+        decision = case.layer.train(training).gate(case.x, ~case.padding, survivors)
         chosen = [[None if number < 0 else number for number in row] for row in decision.expert_index.tolist()]
     x = case.x.clone().requires_grad_()
     parameters = {name: value.detach().clone().requires_grad_() for name, value in case.layer.named_parameters()}
-    result = reference.moe_layer(parameters, x, case.padding.tolist(), case.config, training, chosen, combine)
+    survivors = case.survivors.tolist() if training and case.survivors is not None else None
+    result = reference.moe_layer(
+        parameters, x, case.padding.tolist(), case.config, training, chosen, combine, survivors
+    )
     return value_and_gradients(
         result.y, result.losses, result.statistics.get("cmr_gate_sum"), case.direction, {"x": x, **parameters}
     )

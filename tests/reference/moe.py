@@ -82,6 +82,7 @@ def moe_layer(
     training: bool,
     chosen: list[list[int | None]] | None = None,
     combine: str = "loop",
+    survivors: list[int] | None = None,
 ) -> Reference:
     """One forward pass, token by token, without dropout and masking.
 
@@ -93,11 +94,14 @@ def moe_layer(
         training: which capacity applies.
         chosen: experts of each token, where a random policy has drawn them.
         combine: ``loop`` over tokens or ``einsum`` over (tokens, experts, capacity).
+        survivors: experts that take part; None for all.
     """
     tokens = len(x)
     real = [token for token in range(tokens) if not padding[token]]
-    logits = x @ parameters["gate.weight"].T
-    probs = torch.softmax(logits, dim=-1)
+    logits = cosines(parameters, x) / 0.07 if config.gate == "moec" else x @ parameters["gate.weight"].T
+    experts = list(range(config.num_experts)) if survivors is None else survivors
+    absent = [number for number in range(config.num_experts) if number not in experts]
+    probs = torch.softmax(logits.index_fill(1, torch.tensor(absent, dtype=torch.int64), -math.inf), dim=-1)
 
     if chosen is None:
         chosen = []
@@ -127,22 +131,69 @@ def moe_layer(
         elif config.normalize_weights == "after_drop":
             total = torch.stack(row).sum().clamp(min=torch.finfo(torch.float32).eps)
             row = [weight / total for weight in row]
+        if config.gate == "moec":
+            temperature = torch.exp(parameters["gate.log_temperature"][0])
+            cosine = [None if number is None else logits[token, number] * 0.07 for number in kept[token]]
+            row = [probs.new_zeros(()) if c is None else 1 / (1 + torch.exp(-c / temperature)) for c in cosine]
         weights.append(row)
 
     mix = combine_by_einsum if combine == "einsum" else combine_by_loop
     y = mix(parameters, x, kept, weights, config)
 
-    statistics = count(probs.detach(), chosen, kept, real, config)
+    statistics = count(probs.detach(), chosen, kept, real, config, experts)
     if config.cmr:
         y, gate_sum = conditional(parameters, x, y, padding, config)
         statistics["cmr_gate_sum"], statistics["cmr_gate_count"] = gate_sum, torch.tensor(len(real))
 
     firsts = best_experts_of_all(probs, padding)
     losses = {
-        "load_balance": load_balance(probs, firsts, padding, config.load_balance_include_padding),
-        "router_z": router_z(logits, real),
-    }
+        "load_balance": load_balance(probs[:, experts], positions(firsts, experts), padding,
+                                     config.load_balance_include_padding),
+        "router_z": router_z(logits[:, experts], real),
+    }  # fmt: skip
+    if config.expert_clusters:
+        losses["cluster_variance"] = cluster_variance(probs, experts, real, config)
     return Reference(y, losses, chosen, kept, weights, capacity, statistics)
+
+
+def cosines(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    """(tokens, experts): cosine of the angle between each token, projected, and each expert's row."""
+    rows = []
+    for token in x:
+        place = parameters["gate.projection"] @ token
+        directions = parameters["gate.weight"]
+        rows.append(torch.stack([(place * row).sum() / (place.norm() * row.norm()) for row in directions]))
+    return torch.stack(rows) if rows else x.new_zeros(0, len(parameters["gate.weight"]))
+
+
+def positions(firsts: list[int | None], experts: list[int]) -> list[int | None]:
+    """First choices, counted among the experts that take part."""
+    return [None if number is None else experts.index(number) for number in firsts]
+
+
+def cluster_variance(probs: Tensor, experts: list[int], real: list[int], config: MoEConfig) -> Tensor:
+    """MoEC's variance loss, cluster by cluster and token by token."""
+    if not real:
+        return probs.sum() * 0
+    size = config.num_experts // config.expert_clusters
+    mean = {number: sum(probs[token, number] for token in real) / len(real) for number in experts}
+    if config.cluster_variance_type == 0:
+        groups = [experts]
+    else:
+        groups = [[n for n in experts if n // size == cluster] for cluster in range(config.expert_clusters)]
+    variances = []
+    for group in groups:
+        centre = sum(mean[number] for number in group) / len(group)
+        variances.append(sum((mean[number] - centre) ** 2 for number in group) / len(group))
+    variance = sum(variances) / len(variances)
+    if config.cluster_variance_type == 2:
+        wide, gap = len(experts) // config.expert_clusters, 0.0
+        for token in real:
+            ranked = sorted(probs[token, experts], key=lambda p: -p.item())
+            gap = gap + (sum(ranked[:wide]) - sum(ranked[wide : 2 * wide])) / wide / len(real)
+        variance = variance / torch.exp(gap)
+    # With sums over tokens the variance is tokens² as large; the criterion multiplies by tokens once.
+    return variance * len(experts) * (len(real) if config.cluster_variance_scale == "sum" else 1)
 
 
 def drawn_choices(probs: Tensor, chosen: list[int | None], top_k: int) -> list[int]:
@@ -248,7 +299,12 @@ def router_z(logits: Tensor, real: list[int]) -> Tensor:
 
 
 def count(
-    probs: Tensor, chosen: list[list[int | None]], kept: list[list[int | None]], real: list[int], config: MoEConfig
+    probs: Tensor,
+    chosen: list[list[int | None]],
+    kept: list[list[int | None]],
+    real: list[int],
+    config: MoEConfig,
+    experts: list[int],
 ) -> dict[str, Tensor]:
     """The statistics of a layer, by counting."""
     choices, firsts = [0] * config.num_experts, [0] * config.num_experts
@@ -270,7 +326,7 @@ def count(
         "probability_per_expert": torch.tensor(probability),
         "dropped": torch.tensor(dropped),
         "dropped_share": torch.tensor(dropped / total),
-        "load": torch.tensor([number * config.num_experts / total for number in choices]),
+        "load": torch.tensor([choices[number] * len(experts) / total for number in experts]),
         "entropy": torch.tensor(entropy / max(1, len(real))),
     }
 

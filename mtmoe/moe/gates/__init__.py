@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from mtmoe.moe.config import MoEConfig
+from mtmoe.moe.gates.cosine import CosineGate
 from mtmoe.moe.gates.topk import TopKGate
 
-__all__ = ["GATES", "TopKGate", "build_gate"]
+__all__ = ["GATES", "CosineGate", "TopKGate", "build_gate"]
 
-GATES: dict[str, type[TopKGate]] = {"topk": TopKGate}
-"""Name -> gate: a module with ``forward(x, real) -> RoutingDecision``."""
+GATES: dict[str, type[TopKGate]] = {"topk": TopKGate, "moec": CosineGate}
+"""Name -> gate: a module with ``forward(x, real, survivors) -> RoutingDecision``."""
 
 
 def build_gate(config: MoEConfig, backend: str | None = None) -> TopKGate:
