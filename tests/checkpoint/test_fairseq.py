@@ -16,6 +16,7 @@ from reference.models import toy_model
 
 from mtmoe.checkpoint.fairseq import read_fairseq_checkpoint, read_model, transformer_config
 from mtmoe.errors import CheckpointError
+from mtmoe.moe.config import LATER_FIELDS
 
 
 def save(state, path: Path) -> Path:
@@ -73,6 +74,21 @@ def test_experts_may_have_a_width_and_dropout_of_their_own(vocabulary, tmp_path)
     state = fairseq_state(model)
     vars(state["cfg"]["model"]).update(moe_ffn_embed_dim=0, moe_dropout=-1.0)
     assert read_model(save(state, tmp_path / "checkpoint.pt"), vocabulary).config == model.config
+
+
+def test_a_checkpoint_from_before_an_option_has_its_default(vocabulary, tmp_path):
+    model = toy_model(vocabulary, moe=True)
+    state = fairseq_state(model)
+    for name in LATER_FIELDS:
+        delattr(state["cfg"]["model"], name)
+    assert read_model(save(state, tmp_path / "checkpoint.pt"), vocabulary).config == model.config
+
+
+def test_reads_moec(vocabulary, tmp_path):
+    model = toy_model(vocabulary, moec=True)
+    found = read_model(save(fairseq_state(model), tmp_path / "checkpoint.pt"), vocabulary)
+    assert found.config == model.config
+    assert found.tensors["encoder.layers.1.moe.gate.log_temperature"].shape == (1,)
 
 
 def test_classes_of_configurations_are_replaced_by_stand_ins(vocabulary, tmp_path):

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from mtmoe.checkpoint import StoredModel, TransformerConfig, locate_model, open_model
 from mtmoe.checkpoint.folder import FILES, read_folder, write_folder
 from mtmoe.errors import CheckpointError
+from mtmoe.moe.config import LATER_FIELDS
 
 
 def test_comes_back_to_the_bit(model, tmp_path):
@@ -139,6 +140,23 @@ def test_a_wrong_configuration(folder, change, text):
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=text):
         read_folder(folder)
+
+
+@pytest.mark.parametrize("model", ["moe", "moec"])
+def test_fields_of_later_versions_may_lack(model, vocabulary, tmp_path):
+    write_folder(tmp_path / "model", toy_model(vocabulary, **{model: True}))
+    expected = read_folder(tmp_path / "model").config
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    for side in ("encoder_moe", "decoder_moe"):
+        for name in LATER_FIELDS:
+            del config["model"][side][name]
+    path.write_text(json.dumps(config))
+    if model == "moe":  # as it was before there were such fields
+        assert read_folder(tmp_path / "model").config == expected
+    else:  # one that is not as by default cannot be guessed: the weights tell
+        with pytest.raises(CheckpointError, match=r"gate\.weight has shape \(4, 5\), the configuration says \(4, 32\)"):
+            read_folder(tmp_path / "model")
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,13 @@ SEARCH = ("--beam", "3", "--nbest", "3", "--lenpen", "0.8", "--max-len-a", "0", 
 MODEL = (
     "--arch mtmoe_transformer --encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 32 --decoder-embed-dim 32 "
     "--encoder-ffn-embed-dim 64 --decoder-ffn-embed-dim 64 --encoder-attention-heads 4 --decoder-attention-heads 4 "
-    "--moe-freq 2 --num-experts 4 --cmr --eom 0.2 --dropout 0.1"
+    "--moe-freq 2 --num-experts 4 --dropout 0.1"
 )
+METHODS = {
+    "CMR and EOM": "--cmr --eom 0.2",
+    "MoEC": "--gate moec --top-k 1 --normalize-weights none --expert-clusters 2 --cluster-expert-dropout 0.5 "
+    "--cluster-expert-dropout-interval 10 --cluster-variance-loss-weight 0.01",
+}
 TRAINING = (
     "--task mtmoe_translation --criterion mtmoe_label_smoothed_cross_entropy --label-smoothing 0.1 --optimizer adam "
     "--lr 0.005 --max-tokens 800 --max-update 150 --seed 3 --cpu --num-workers 0 --no-epoch-checkpoints "
@@ -40,8 +45,8 @@ def fairseq(name: str, *arguments: object) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def run_folder(vocabulary, tmp_path_factory):
+@pytest.fixture(scope="module", params=METHODS)
+def run_folder(request, vocabulary, tmp_path_factory):
     """A small MoE model after some updates, and the data it learnt from."""
     indexed = pytest.importorskip("fairseq.data.indexed_dataset")
     folder = tmp_path_factory.mktemp("run")
@@ -71,6 +76,7 @@ def run_folder(vocabulary, tmp_path_factory):
             "de-en,en-de",
         ),
         *MODEL.split(),
+        *METHODS[request.param].split(),
         *TRAINING.split(),
     )
     return folder

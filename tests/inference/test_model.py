@@ -20,6 +20,7 @@ SHAPES = {
     "own embeddings": {"share_all_embeddings": False, "share_decoder_input_output_embed": False},
     "own encoder embedding": {"share_all_embeddings": False},
     "moe": {"moe": True},
+    "MoEC": {"moec": True},
 }
 
 
