@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("mtmoe.commands.compare", "put two evaluations side by side, with paired significance"),
     "translate": ("mtmoe.commands.translate", "translate text from arguments, a file or standard input"),
     "convert": ("mtmoe.commands.convert", "turn a fairseq checkpoint into a portable model folder"),
+    "routing": ("mtmoe.commands.routing", "count which experts each direction's tokens choose, by layer"),
     "plugin-dir": ("mtmoe.commands.plugin_dir", "print the folder to give to fairseq as --user-dir"),
 }
 """Name of a command -> its module and its line in ``mtmoe --help``."""

@@ -376,15 +376,19 @@ class Decoder(nn.Module):
 
     def forward(self, target_input: Tensor, memory: Tensor, memory_mask: Tensor | None) -> Tensor:
         """(batch, target) int64, padding on the right -> (batch, target, vocabulary_size)."""
+        return self._logits(self.hidden(target_input, memory, memory_mask))
+
+    def hidden(self, target_input: Tensor, memory: Tensor, memory_mask: Tensor | None) -> Tensor:
+        """As `forward`, up to the last layer: (batch, target, d_model), without the logits of a large vocabulary."""
         real = target_input.ne(PADDING)
-        x = self.embed(target_input, number_positions(real))
+        x: Tensor = self.embed(target_input, number_positions(real))
         for layer in self.layers:
 
             def attend(x: Tensor, attention: SelfAttention = layer.self_attention) -> Tensor:
                 return attention.forward(x, None, causal=True)
 
             x = layer(x, attend, layer.cross_attention.remember(memory), memory_mask, ~real)
-        return self._logits(x)
+        return x
 
     def start(self, memory: Tensor, memory_mask: Tensor | None) -> DecoderState:
         """Prepare for `step`: keys and values of the source are computed here, once."""
