@@ -15,6 +15,8 @@ DESCRIPTION = "Train, shrink and serve multilingual Mixture-of-Experts translati
 COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("mtmoe.commands.prepare", "clean parallel text, train SentencePiece and binarise, from a recipe"),
     "train": ("mtmoe.commands.train", "start fairseq-train with a preset, and resume it"),
+    "curves": ("mtmoe.commands.curves", "table and plot of a run's validation losses by direction"),
+    "curriculum": ("mtmoe.commands.curriculum", "derive from a run which directions should join training late"),
     "evaluate": ("mtmoe.commands.evaluate", "decode every direction and write chrF++ and BLEU reports"),
     "compare": ("mtmoe.commands.compare", "put two evaluations side by side, with paired significance"),
     "translate": ("mtmoe.commands.translate", "translate text from arguments, a file or standard input"),

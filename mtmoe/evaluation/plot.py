@@ -1,10 +1,11 @@
-"""The picture of an evaluation: chrF++ of every direction beside what copying earns, coloured by resource bucket."""
+"""Pictures, coloured by resource bucket: chrF++ of every direction, and validation curves of a run."""
 
 from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ def plot_directions(directions: Mapping[str, Mapping[str, Any]]) -> str | None:
     """
     try:
         from matplotlib import rc_context
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError:
@@ -60,7 +60,80 @@ def plot_directions(directions: Mapping[str, Mapping[str, Any]]) -> str | None:
         handles = [Patch(color=COLOURS[bucket], label=LABELS[bucket]) for bucket in shown]
         handles.append(Patch(color=COPY_COLOUR, label="copying the source"))
         figure.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False)
-        buffer = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+        return _svg(figure)
+
+
+def plot_curves(
+    losses: Mapping[str, Sequence[tuple[int, float]]],
+    sampled: Mapping[str, Sequence[tuple[int, float]]],
+    buckets: Mapping[str, str],
+) -> str | None:
+    """Draw validation losses against updates: a panel of means by bucket, then one for each pair of languages.
+
+    Args:
+        losses: direction -> (update, validation loss).
+        sampled: the same of training pairs, drawn dashed; may be empty.
+        buckets: direction -> resource bucket; each direction counts in its own bucket alone.
+
+    Returns:
+        An SVG element, the same bytes for the same figures; None without matplotlib.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("matplotlib is not installed, so there is no plot")
+        return None
+    panels: dict[str, list[str]] = {}
+    for name in losses:
+        panels.setdefault("-".join(sorted(name.split("-"))), []).append(name)
+    columns = min(4, len(panels) + 1)
+    rows = math.ceil((len(panels) + 1) / columns)
+    with rc_context({"svg.hashsalt": "mtmoe", "svg.fonttype": "path"}):
+        figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
+        axes = [figure.add_subplot(rows, columns, place + 1) for place in range(len(panels) + 1)]
+        axes[0].set_title("means by resource", fontsize="medium")
+        for bucket in [bucket for bucket in COLOURS if bucket in set(map(buckets.get, losses))]:
+            members = [name for name in losses if buckets.get(name) == bucket]
+            for curves, dashed in ((losses, False), (sampled, True)):
+                _draw(axes[0], _mean([curves[name] for name in members if name in curves]), COLOURS[bucket],
+                      label="" if dashed else LABELS[bucket] if bucket else "all", dashed=dashed)  # fmt: skip
+        for panel, (pair, names) in zip(axes[1:], panels.items(), strict=True):
+            panel.set_title(pair, fontsize="medium")
+            for name, shade in zip(names, (1.0, 0.45), strict=False):
+                colour = COLOURS[buckets.get(name)]
+                _draw(panel, losses[name], colour, label=name, shade=shade)
+                _draw(panel, sampled.get(name, []), colour, dashed=True, shade=shade)
+        for panel in axes:
+            panel.legend(frameon=False, fontsize="small")
+            panel.spines[["top", "right"]].set_visible(False)
+        figure.supxlabel("updates", fontsize="medium")
+        what = "validation loss (dashed: training pairs), bits a token" if sampled else "validation loss, bits a token"
+        figure.supylabel(what, fontsize="medium")
+        return _svg(figure)
+
+
+def _draw(
+    axes: Any, curve: Sequence[tuple[int, float]], colour: str, *, label: str = "", dashed: bool = False,
+    shade: float = 1.0,
+) -> None:  # fmt: skip
+    if curve:
+        style = {"linestyle": "--", "linewidth": 1.0} if dashed else {"linewidth": 1.6}
+        axes.plot(*zip(*curve, strict=True), color=colour, alpha=shade, label=label or "_", **style)
+
+
+def _mean(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """Mean of curves at the updates that all of them have."""
+    points = [dict(curve) for curve in curves]
+    common = sorted(set.intersection(*map(set, points))) if points else []
+    return [(update, sum(each[update] for each in points) / len(points)) for update in common]
+
+
+def _svg(figure: Any) -> str:
+    """The figure as an SVG element, without a date, so that equal figures are equal bytes."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

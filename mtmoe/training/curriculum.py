@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import bisect
 import difflib
-import json
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,9 +20,20 @@ from typing import Any
 import yaml
 
 from mtmoe.errors import ConfigError
+from mtmoe.evaluation.buckets import BUCKETS
+from mtmoe.training.curves import Verdict
 
 DEFAULT_SHARES = (1.0, 0.6, 0.4, 0.2)
 """Shares of all updates for which the buckets of `derive` train; the shape of the released NLLB ablations."""
+
+COUNT_SHARES = (1.0, 0.6, 0.4)
+"""Shares of all updates for which the buckets high, low and very low of `derive_by_count` train; ours."""
+
+FITS = ("share", "median")
+"""How `derive` chooses the length of a bucket."""
+
+AUTO = "auto"
+"""What stands for a file's name where training itself decides; see `mtmoe.training.auto_curriculum`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,10 +97,18 @@ def load(path: str | os.PathLike[str]) -> list[Phase]:
     return [_phase(entry, f"curriculum {path}, phase {number}") for number, entry in enumerate(document, start=1)]
 
 
-def dump(schedule: Schedule) -> str:
-    """The schedule as a curriculum file: a phase for each boundary."""
+def dump(schedule: Schedule, total: int = 0) -> str:
+    """The schedule as a curriculum file: a phase for each boundary.
+
+    Args:
+        schedule: of a run or planned for one.
+        total: updates of that run, to write starts as shares of it, for runs of any length; 0 = as updates.
+    """
     phases = [
-        {"start": boundary, "directions": [name for name, start in schedule.starts.items() if start == boundary]}
+        {
+            "start": round(boundary / total, 4) if total and boundary else boundary,
+            "directions": [name for name, start in schedule.starts.items() if start == boundary],
+        }
         for boundary in schedule.boundaries
     ]
     return yaml.safe_dump(phases, sort_keys=False, default_flow_style=None, width=120)
@@ -131,79 +149,75 @@ def resolve(phases: Iterable[Phase], directions: Sequence[str], max_update: int 
 
 
 def derive(
-    curves: Mapping[str, Sequence[tuple[int, float]]],
+    verdicts: Mapping[str, Verdict],
     max_update: int,
     *,
     shares: Sequence[float] = DEFAULT_SHARES,
     fit: str = "share",
+    trained_from: Mapping[str, int] | None = None,
 ) -> Schedule:
-    """Derive a curriculum from a finished run without one, with the same regularisation.
+    """Derive a curriculum from a run without one, with the same regularisation.
 
-    The best step of a direction is where its validation loss is lowest; of equal ones, the latest. It falls into the
-    shortest bucket that still trains it that long, and bucket i is introduced at ``max_update - k_i``.
+    A direction falls into the shortest bucket that still trains it for as many updates as took it to its best, and
+    bucket i is introduced at ``max_update - k_i``. A direction that does not over-fit trains from the start.
 
     Args:
-        curves: direction -> (update, validation loss) pairs.
+        verdicts: direction -> where its validation curve is best; see `mtmoe.training.curves.judge_all`.
         max_update: total updates of the run to plan.
         shares: lengths of the buckets as shares of `max_update`; the longest must be 1.
         fit: "share": ``k_i = share_i * max_update``; "median": the median best step of the bucket's directions.
+        trained_from: direction -> update at which the first run began to train it, where that is not 0.
 
     Raises:
-        ConfigError: a direction has no curve, or shares and fit make no sense.
+        ConfigError: shares and fit make no sense.
     """
-    if fit not in ("share", "median"):
-        raise ConfigError(f"fit={fit!r} is unknown; choose one of: share, median")
-    if not shares or max(shares) != 1.0 or min(shares) <= 0.0:
-        raise ConfigError(f"shares {tuple(shares)} must lie in (0, 1] and hold 1.0, for what trains from the start")
-    empty = [name for name, curve in curves.items() if not curve]
-    if empty or not curves:
-        raise ConfigError(f"no validation losses of {', '.join(empty) or 'any direction'}; validate more often")
-    best = {name: best_step(curve) for name, curve in curves.items()}
-    share_of = {name: min((s for s in shares if s * max_update >= step), default=1.0) for name, step in best.items()}
+    if fit not in FITS:
+        raise ConfigError(f"fit={fit!r} is unknown; choose one of: {', '.join(FITS)}")
+    _check_shares(shares)
+    begun = trained_from or {}
+    length = {
+        name: verdict.best_update - begun.get(name, 0) if verdict.overfits else max_update
+        for name, verdict in verdicts.items()
+    }
+    share_of = {name: min((s for s in shares if s * max_update >= k), default=1.0) for name, k in length.items()}
     starts = {}
     for name, share in share_of.items():
-        length = share * max_update
+        updates = share * max_update
         if fit == "median" and share < 1.0:
-            length = statistics.median(best[other] for other, its in share_of.items() if its == share)
-        starts[name] = max_update - round(length)
-    if min(starts.values()) > 0:  # every direction over-fits: the largest bucket still has to train from the start
-        first = min(starts.values())
-        starts = {name: 0 if start == first else start for name, start in starts.items()}
-    return Schedule(starts)
+            updates = statistics.median(length[other] for other, its in share_of.items() if its == share)
+        starts[name] = max_update - round(updates)
+    return _begin_somewhere(starts)
 
 
-def best_step(curve: Sequence[tuple[int, float]]) -> int:
-    """Update at which a validation curve is lowest; of equal ones, the latest."""
-    return min(curve, key=lambda point: (point[1], -point[0]))[0]
-
-
-def read_curves(log: str | os.PathLike[str], metric: str = "nll_loss") -> dict[str, list[tuple[int, float]]]:
-    """Read the validation curves by direction from a run's ``log.jsonl``.
+def derive_by_count(
+    buckets: Mapping[str, str], max_update: int, *, shares: Sequence[float] = COUNT_SHARES
+) -> Schedule:
+    """Make a curriculum without a first run: the fewer training pairs a direction has, the later it joins.
 
     Args:
-        log: one JSON object a line; those with ``"kind": "valid"`` count.
-        metric: keys ``{metric}_{direction}`` are read.
+        buckets: direction -> its resource bucket; a direction that is missing trains from the start.
+        max_update: total updates of the run to plan.
+        shares: of `max_update`, for which the buckets high, low and very low train; the first must be 1.
 
     Raises:
-        ConfigError: the file is missing, or a line is no JSON.
+        ConfigError: there are not as many shares as buckets, or they make no sense.
     """
-    curves: dict[str, list[tuple[int, float]]] = {}
-    try:
-        lines = Path(log).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"log {log} cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"log {log}, line {number} is no JSON: {error}") from error
-        if record.get("kind") != "valid":
-            continue
-        for key, value in record.items():
-            name = key.removeprefix(f"{metric}_")
-            if name != key and "-" in name:
-                curves.setdefault(name, []).append((int(record["num_updates"]), float(value)))
-    return curves
+    _check_shares(shares)
+    if len(shares) != len(BUCKETS) or list(shares) != sorted(shares, reverse=True):
+        raise ConfigError(f"shares {tuple(shares)} must be {len(BUCKETS)} falling numbers, for {', '.join(BUCKETS)}")
+    share = dict(zip(BUCKETS, shares, strict=True))
+    return _begin_somewhere({name: max_update - round(share[bucket] * max_update) for name, bucket in buckets.items()})
+
+
+def _check_shares(shares: Sequence[float]) -> None:
+    if not shares or max(shares) != 1.0 or min(shares) <= 0.0:
+        raise ConfigError(f"shares {tuple(shares)} must lie in (0, 1] and hold 1.0, for what trains from the start")
+
+
+def _begin_somewhere(starts: dict[str, int]) -> Schedule:
+    """Where every direction joins late, those of the first phase start at once: something has to."""
+    first = min(starts.values())
+    return Schedule({name: 0 if start == first else start for name, start in starts.items()})
 
 
 def _phase(entry: Any, where: str) -> Phase:

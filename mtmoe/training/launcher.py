@@ -24,6 +24,7 @@ from mtmoe.errors import ConfigError, DataError
 from mtmoe.files import write_json, write_text
 from mtmoe.training.preset import TrainConfig, build_command
 from mtmoe.training.process import MALLOC_SETTINGS, build_environment, run_process
+from mtmoe.training.run_curves import try_report
 from mtmoe.training.run_log import RunLog
 from mtmoe.training.time_budget import time_budget
 
@@ -32,7 +33,8 @@ def train(config: TrainConfig, *, resume: bool = True, report: Callable[[str], N
     """Run a preset to its end, or go on with it.
 
     Writes in the run folder: ``checkpoints/``, ``log.jsonl`` (a JSON object for each line of metrics), ``train.log``
-    (all that fairseq prints), ``command.txt``, ``run.json`` and, with a time budget, ``calibration.json``.
+    (all that fairseq prints), ``command.txt``, ``run.json``, with a time budget ``calibration.json`` and, in the end,
+    ``validation.md``, ``.json`` and ``.svg``: what each direction was at its best, and what it lost since.
 
     Args:
         config: the preset.
@@ -51,7 +53,7 @@ def train(config: TrainConfig, *, resume: bool = True, report: Callable[[str], N
     if last.exists() and not resume:
         raise ConfigError(f"{last} exists; go on with --resume auto, or give another output folder")
     config.folder.mkdir(parents=True, exist_ok=True)
-    if config.curriculum is not None:
+    if config.curriculum is not None and not isinstance(config.curriculum, str):
         phases = [dict(phase) for phase in config.curriculum]
         write_text(config.folder / "curriculum.yaml", yaml.safe_dump(phases, sort_keys=False))
     environment = build_environment(config, report)
@@ -67,6 +69,7 @@ def train(config: TrainConfig, *, resume: bool = True, report: Callable[[str], N
     log = RunLog(config.folder, report)
     with log:
         status = run_process(command, environment, log.line)
+    try_report(config.folder)
     if status == 0:
         report(f"training is done: {config.folder / 'checkpoints'}")
     elif status in (128 + signal.SIGTERM, 128 + signal.SIGINT):

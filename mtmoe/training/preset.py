@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from mtmoe.errors import ConfigError
+from mtmoe.training.curriculum import AUTO, load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +35,8 @@ class TrainConfig:
     """fairseq optimiser."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Any other option of fairseq-train, without dashes: ``max-tokens: 1024``, ``cpu: true``; false leaves it out."""
-    curriculum: Sequence[Mapping[str, Any]] | None = None
-    """Phases, as in a curriculum file; written to the run folder."""
+    curriculum: Sequence[Mapping[str, Any]] | str | None = None
+    """Phases, or the name of a file of phases; they are written to the run folder. "auto": training decides."""
     minutes: float = 0.0
     """Time budget of training; max-update then follows from a short calibration. 0 = as options say."""
     threads: int = 0
@@ -98,7 +99,17 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     missing = [key for key in ("data", "output") if not document.get(key)]
     if missing:
         raise ConfigError(f"{path}: {' and '.join(missing)} must be given")
+    document["curriculum"] = _phases(document.get("curriculum"))
     return TrainConfig(**document)
+
+
+def _phases(given: Any) -> Any:
+    """Phases instead of the name of their file: ``run.json`` then says what the run was trained with."""
+    if not isinstance(given, str) or given == AUTO:
+        return given
+    load(given)  # a mistake is named now, not after the data has been loaded
+    document = yaml.safe_load(Path(given).read_text(encoding="utf-8"))
+    return document["phases"] if isinstance(document, dict) else document
 
 
 def plugin_folder() -> Path:
@@ -137,7 +148,7 @@ def build_command(config: TrainConfig, *, save_dir: Path | None = None, **change
         **{key.replace("_", "-"): value for key, value in changes.items()},
     }
     if config.curriculum is not None:
-        options["curriculum-file"] = config.folder / "curriculum.yaml"
+        options["curriculum-file"] = AUTO if config.curriculum == AUTO else config.folder / "curriculum.yaml"
     if options.get("lr-scheduler") == "polynomial_decay":
         options.setdefault("total-num-update", options.get("max-update"))
     words = [str(_program("fairseq-train")), config.data]

@@ -1,4 +1,3 @@
-import json
 
 import pytest
 from hypothesis import given
@@ -7,6 +6,7 @@ from hypothesis import strategies as st
 from mtmoe.errors import ConfigError
 from mtmoe.training import curriculum
 from mtmoe.training.curriculum import Phase
+from mtmoe.training.curves import Verdict, judge_all
 
 DIRECTIONS = ("en-de", "de-en", "en-mk", "mk-en", "en-ro", "ro-en")
 
@@ -86,40 +86,54 @@ def curve(best, floor=1.0):
     return [(step, floor + abs(step - best) / 1000) for step in range(0, 1001, 50)]
 
 
+def derive(curves, *arguments, **options):
+    return curriculum.derive(judge_all(curves), *arguments, **options).starts
+
+
 def test_derive_finds_known_minima():
     curves = {"en-de": curve(1000), "de-en": curve(900), "en-mk": curve(150), "mk-en": curve(350), "en-ro": curve(600)}
-    starts = curriculum.derive(curves, 1000).starts
+    starts = derive(curves, 1000)
     assert starts == {"en-de": 0, "de-en": 0, "en-mk": 800, "mk-en": 600, "en-ro": 400}
-    starts = curriculum.derive({**curves, "ro-en": curve(100)}, 1000, fit="median").starts
+    starts = derive({**curves, "ro-en": curve(100)}, 1000, fit="median")
     assert (starts["en-mk"], starts["ro-en"], starts["mk-en"]) == (875, 875, 650)
 
 
-def test_of_equal_losses_the_later_step_counts():
-    assert curriculum.best_step([(100, 2.0), (200, 1.5), (300, 1.5), (400, 1.6)]) == 300
+def test_what_does_not_overfit_trains_from_the_start_of_a_longer_run():
+    curves = {"en-de": curve(1000), "en-mk": curve(150)}
+    assert derive(curves, 5000) == {"en-de": 0, "en-mk": 4000}
+
+
+def test_a_direction_that_joined_late_trained_since_then():
+    curves = {"en-de": curve(1000), "en-mk": curve(900)}
+    assert derive(curves, 1000) == {"en-de": 0, "en-mk": 0}
+    assert derive(curves, 1000, trained_from={"en-mk": 750}) == {"en-de": 0, "en-mk": 800}
 
 
 def test_derive_leaves_something_to_begin_with():
-    assert curriculum.derive({"en-de": curve(500), "en-mk": curve(100)}, 1000).starts == {"en-de": 0, "en-mk": 800}
+    assert derive({"en-de": curve(500), "en-mk": curve(100)}, 1000) == {"en-de": 0, "en-mk": 800}
 
 
 def test_derive_refuses_what_makes_no_sense():
     with pytest.raises(ConfigError, match="no validation losses of en-mk"):
-        curriculum.derive({"en-de": curve(500), "en-mk": []}, 1000)
+        derive({"en-de": curve(500), "en-mk": []}, 1000)
     with pytest.raises(ConfigError, match=r"must lie in .0, 1. and hold 1.0"):
-        curriculum.derive({"en-de": curve(500)}, 1000, shares=(0.5,))
+        derive({"en-de": curve(500)}, 1000, shares=(0.5,))
     with pytest.raises(ConfigError, match="fit='mean' is unknown"):
-        curriculum.derive({"en-de": curve(500)}, 1000, fit="mean")
+        derive({"en-de": curve(500)}, 1000, fit="mean")
 
 
-def test_curves_come_from_the_log(tmp_path):
-    records = [
-        {"kind": "train_inner", "num_updates": 10, "nll_loss": 9.0},
-        {"kind": "valid", "num_updates": 10, "nll_loss": 5.0, "nll_loss_en-de": 4.0, "nll_loss_sr_Latn-en": 6.5},
-        {"kind": "valid", "num_updates": 20, "nll_loss": 5.0, "nll_loss_en-de": 3.0},
-    ]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    curves = curriculum.read_curves(tmp_path / "log.jsonl")
-    assert curves == {"en-de": [(10, 4.0), (20, 3.0)], "sr_Latn-en": [(10, 6.5)]}
-    (tmp_path / "log.jsonl").write_text("{\n")
-    with pytest.raises(ConfigError, match="line 1 is no JSON"):
-        curriculum.read_curves(tmp_path / "log.jsonl")
+def test_by_count_the_smallest_join_last():
+    buckets = {"en-de": "high", "en-ro": "low", "en-mk": "very_low", "mk-en": "very_low"}
+    assert curriculum.derive_by_count(buckets, 1000).starts == {"en-de": 0, "en-ro": 400, "en-mk": 600, "mk-en": 600}
+    assert set(curriculum.derive_by_count({"en-mk": "very_low"}, 1000).starts.values()) == {0}
+    with pytest.raises(ConfigError, match="must be 3 falling numbers, for high, low, very_low"):
+        curriculum.derive_by_count(buckets, 1000, shares=(1.0, 0.2))
+
+
+@given(st.dictionaries(st.sampled_from(DIRECTIONS), st.integers(0, 20), min_size=1), st.integers(20, 3000))
+def test_a_derived_file_gives_the_schedule_back(tmp_path_factory, bests, max_update):
+    verdicts = {name: Verdict(50 * best, 1.0, 1000, 2.0) for name, best in bests.items()}
+    schedule = curriculum.derive(verdicts, max_update)
+    path = tmp_path_factory.mktemp("derived") / "c.yaml"
+    path.write_text(curriculum.dump(schedule, max_update))
+    assert curriculum.resolve(curriculum.load(path), list(bests), max_update) == schedule
