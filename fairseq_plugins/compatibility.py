@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
-import tempfile
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +17,10 @@ from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
+from fairseq_plugins import checkpoints
+from fairseq_plugins.rollback import recovering
 from fairseq_plugins.stopping import stopping
 from fairseq_plugins.tasks.validation import TRAIN_SAMPLE
-from mtmoe.files import replacing
 
 _done = False
 
@@ -34,7 +32,7 @@ def repair() -> None:
         _done = True
         reload_checkpoints()
         save_atomically()
-        stop_on_signals()
+        stop_and_recover()
         score_train_sample()
         start_without_gpu()
         seed_without_gpu()
@@ -56,35 +54,19 @@ def save_atomically() -> None:
     """Never leave half a checkpoint under its final name.
 
     fairseq writes the first file of a save beside its place and renames it, but without fsync, and *copies* it over
-    the others: a kill while ``checkpoint_last.pt`` was being overwritten lost it.
+    the others: a kill while ``checkpoint_last.pt`` was being overwritten lost it. See `fairseq_plugins.checkpoints`.
     """
-
-    def torch_persistent_save(obj: Any, filename: str, async_write: bool = False) -> None:
-        with replacing(filename) as temporary:
-            torch.save(obj, temporary)
-
-    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-        target = Path(dst_path)
-        if target.exists() and not overwrite:
-            return False
-        # A second name for the same bytes takes no time and no space; files are only ever replaced, never changed.
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            temporary = Path(folder) / target.name
-            try:
-                os.link(src_path, temporary)
-            except OSError:  # a file system without links
-                shutil.copyfile(src_path, temporary)
-            os.replace(temporary, target)
-        return True
-
-    checkpoint_utils.torch_persistent_save = torch_persistent_save
-    PathManager.copy = staticmethod(copy)
+    checkpoint_utils.torch_persistent_save = checkpoints.write_checkpoint
+    PathManager.copy = staticmethod(checkpoints.copy_checkpoint)
+    checkpoint_utils.save_checkpoint = checkpoints.saving(checkpoint_utils.save_checkpoint)
+    checkpoint_utils.load_checkpoint = checkpoints.loading(checkpoint_utils.load_checkpoint)
 
 
-def stop_on_signals() -> None:
-    """Look for a signal after each update; see `fairseq_plugins.stopping`."""
+def stop_and_recover() -> None:
+    """Look for a signal after each update, and go back when training diverges; see `stopping` and `rollback`."""
     for module in _training_modules():
         module.validate_and_save = stopping(module.validate_and_save)
+        module.train = recovering(module.train)
 
 
 def score_train_sample() -> None:

@@ -8,8 +8,10 @@ import threading
 from types import FrameType
 from typing import Any
 
-import torch
 from fairseq import checkpoint_utils
+
+from fairseq_plugins.checkpoints import last_save
+from fairseq_plugins.processes import distributed, largest
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +42,7 @@ class Stopper:
 
     def agreed(self) -> bool:
         """Whether any process of the run was asked; all processes have to call this together."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-            asked = torch.tensor(self.signal, device=device)
-            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-            self.signal = int(asked)
+        self.signal = largest(self.signal)
         return self.signal != 0
 
     def interrupt(self) -> None:
@@ -53,7 +51,7 @@ class Stopper:
         Raises:
             StopRequested: a signal came.
         """
-        if self.signal and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if self.signal and not distributed():
             raise StopRequested
 
 
@@ -73,9 +71,10 @@ def stopping(validate_and_save: Any) -> Any:
             else:
                 if result[1] or not stopper.signal:
                     return result
-                if torch.distributed.is_available() and torch.distributed.is_initialized():
+                if distributed():
                     return result  # the others learn of it after the next update
         checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+        last_save.check()
         logger.warning(
             "stopped by %s after update %d; run the same command again to go on from %s/checkpoint_last.pt",
             signal.Signals(stopper.signal).name, trainer.get_num_updates(), cfg.checkpoint.save_dir,

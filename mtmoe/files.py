@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +51,37 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON to `path`, atomically; NaN is refused, since JSON has none."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def duplicate(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Give the content of `source` to `target` too, atomically.
+
+    A second name for the same bytes where the file system has links, which takes no time and no space: right for
+    files that are only ever replaced, never changed.
+    """
+    with replacing(target) as temporary:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(source, temporary)
+
+
+def remove_abandoned(folder: str | os.PathLike[str], pattern: str) -> list[Path]:
+    """Remove what a process that was killed in `replacing` left behind; nobody may be writing there now.
+
+    Args:
+        folder: where the finished files would be; it may be missing.
+        pattern: glob pattern of their names.
+
+    Returns:
+        The files removed.
+    """
+    found = sorted(Path(folder).glob(f".{pattern}.????????.tmp"))
+    for path in found:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return found
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -84,6 +84,10 @@ class MtmoeAdamW(FairseqOptimizer):
                 watched.count(False), len(banks), self.cfg.expert_updates,
             )  # fmt: skip
 
+    def release_experts(self) -> None:
+        """Never touch the experts' weights again; for an optimiser that is being replaced."""
+        self._optimizer.release()
+
     def all_reduce_grads(self, module: nn.Module) -> None:
         """Sum the gradients over processes where the wrapper does not, and agree on the experts that have one."""
         super().all_reduce_grads(module)

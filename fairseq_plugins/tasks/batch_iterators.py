@@ -22,10 +22,10 @@ Batch = NDArray[np.int64]
 class Progress(Protocol):
     """What the iterator of training needs to know of the task, and saves for it."""
 
-    def progress(self) -> dict[str, int]:
-        """Counters to store with the iterator; ``num_updates`` is one of them."""
+    def progress(self) -> dict[str, Any]:
+        """What to store with the iterator; ``num_updates`` is a part of it."""
 
-    def restore(self, counters: dict[str, int]) -> None:
+    def restore(self, counters: dict[str, Any]) -> None:
         """Take back what `progress` gave."""
 
 

@@ -17,11 +17,11 @@ from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING
 from torch import Tensor
 
-from fairseq_plugins.nonfinite import NonFiniteGuard
 from fairseq_plugins.stopping import stopper
 from fairseq_plugins.tasks.batch_iterators import FixedBatches, TrainingEpochs
 from fairseq_plugins.tasks.parallel_dataset import Direction, ParallelDataset, Side, read_side
 from fairseq_plugins.tasks.validation import TRAIN_SAMPLE, check_metric, log_means, read_groups
+from fairseq_plugins.update_guard import UpdateGuard
 from mtmoe.errors import ConfigError, DataError, UnknownLanguage
 from mtmoe.training import curriculum
 from mtmoe.training.sampling import keyed_uniform
@@ -75,7 +75,18 @@ class MtmoeTranslationConfig(FairseqDataclass):
         default=0.0, metadata={"help": "least probability that a training batch copies its target"}
     )
     max_nonfinite_updates: int = field(
-        default=20, metadata={"help": "stop after that many skipped updates in a row (0 = never)"}
+        default=20, metadata={"help": "training has diverged after that many skipped updates in a row (0 = never)"}
+    )
+    spike_factor: float = field(
+        default=10.0,
+        metadata={"help": "skip an update whose gradient norm is more than that many times the median of the last 128 "
+                  "(0 = none)"},
+    )
+    rollbacks: int = field(
+        default=2, metadata={"help": "times that diverged training goes back to the last good checkpoint"}
+    )
+    rollback_lr_factor: float = field(
+        default=0.5, metadata={"help": "multiplies the learning rate, from there on, each time that it goes back"}
     )
     max_source_positions: int = field(default=1024, metadata={"help": "most tokens of a source, with its tag"})
     max_target_positions: int = field(default=1024, metadata={"help": "most tokens of a target"})
@@ -99,7 +110,7 @@ class MtmoeTranslationTask(FairseqTask):
         self.directions = list(directions)
         """Names behind the ``direction`` numbers of a sample."""
         self.groups = read_groups(Path(cfg.data), self.directions)
-        self.guard = NonFiniteGuard(cfg.max_nonfinite_updates)
+        self.guard = UpdateGuard(cfg.max_nonfinite_updates, cfg.spike_factor)
         self.num_updates = 0
         self.epochs: TrainingEpochs | None = None
         self._micro_batch = (-1, 0)
@@ -137,6 +148,8 @@ class MtmoeTranslationTask(FairseqTask):
                         f"language {language!r} of {name} has no tag in {folder / 'dict.txt'}; "
                         f"it has: {', '.join(listed['languages'])}"
                     )
+        if not 0 < cfg.rollback_lr_factor <= 1:
+            raise ConfigError(f"rollback-lr-factor={cfg.rollback_lr_factor:g} must be above 0, and 1 at most")
         logger.info("%d directions, %d words in the dictionary", len(directions), len(dictionary))
         return cls(cfg, dictionary, directions)
 
@@ -269,19 +282,15 @@ class MtmoeTranslationTask(FairseqTask):
 
     # Progress that a checkpoint keeps with the iterator
 
-    def progress(self) -> dict[str, int]:
-        """Counters that a checkpoint keeps."""
-        return {
-            "num_updates": self.num_updates,
-            "skipped_updates": self.guard.skipped,
-            "consecutive_skipped": self.guard.consecutive,
-        }
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the task."""
+        return {"num_updates": self.num_updates, **self.guard.state()}
 
-    def restore(self, counters: dict[str, int]) -> None:
-        """Take the counters back from a checkpoint."""
+    def restore(self, counters: dict[str, Any]) -> None:
+        """Take it back from a checkpoint, at the start or in the middle of training."""
         self.num_updates = counters["num_updates"]
-        self.guard.skipped = counters["skipped_updates"]
-        self.guard.consecutive = counters["consecutive_skipped"]
+        self.guard.restore(counters)
+        self._micro_batch = (-1, 0)
 
     # Steps
 
@@ -315,9 +324,9 @@ class MtmoeTranslationTask(FairseqTask):
         return loss, sample_size, logging_output
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
-        """Step, unless loss or gradient were not finite."""
+        """Step, unless loss or gradient were not finite or far too large."""
         self.num_updates = update_num + 1
-        self.guard.step(optimizer, update_num + 1)
+        self.guard.step(optimizer, model, update_num + 1)
 
     def valid_step(self, sample: dict, model: Any, criterion: Any) -> tuple[Tensor, Any, dict]:
         """Forward pass of a validation batch, under autocast."""
@@ -335,8 +344,7 @@ class MtmoeTranslationTask(FairseqTask):
         metrics.log_speed("wps", tokens, priority=90, round=1)
         sentences = sum(log["nsentences"] for log in logging_outputs)
         metrics.log_scalar("bsz", sentences, priority=190, round=1)
-        if self.guard.skipped:
-            metrics.log_scalar("skipped_updates", self.guard.skipped, weight=0, priority=520)
+        self.guard.log()
         criterion.__class__.reduce_metrics(logging_outputs)
         log_means(logging_outputs, self.groups)
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from torch.utils.hooks import RemovableHandle
 
 from mtmoe.kernels import adamw as kernels
 
@@ -133,6 +134,7 @@ class ExpertAdamW(torch.optim.Optimizer):
         self.expert_updates = expert_updates
         self._banks: list[_Bank] = []
         self._watched: dict[nn.Parameter, _Bank] = {}
+        self._hooks: list[RemovableHandle] = []
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     # Experts
@@ -165,9 +167,17 @@ class ExpertAdamW(torch.optim.Optimizer):
             if torch.is_grad_enabled():
                 bank.used.update(experts)
 
-        module.register_forward_pre_hook(before_use)
-        module.register_state_dict_pre_hook(lambda *_: self._catch_up(bank))
+        self._hooks.append(module.register_forward_pre_hook(before_use))
+        self._hooks.append(module.register_state_dict_pre_hook(lambda *_: self._catch_up(bank)))
         return True
+
+    def release(self) -> None:
+        """Never touch the weights of experts again, because another optimiser or a checkpoint takes them over."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._banks.clear()
+        self._watched.clear()
 
     def catch_up(self) -> None:
         """Bring all weights up to date."""

@@ -155,9 +155,11 @@ def test_numbers_that_are_not_finite_are_skipped_and_then_stop_training(fairseq,
     assert 5.0 < float(epoch["train_loss"]) < 7.0  # no NaN in the averages
 
     # A resumed run goes on counting: one was skipped before, so two more in a row are too many.
-    failed = fairseq.run([*words, "--max-update", "30"], check=False, env={"BAD_UPDATES": "12,13,14,15,16"})
+    words += ["--max-update", "30", "--rollbacks", "0"]
+    failed = fairseq.run(words, check=False, env={"BAD_UPDATES": "12,13,14,15,16"})
     assert failed.returncode == 1
-    assert "3 updates in a row had a loss or gradient that is not finite, up to update 14" in failed.stderr
+    assert "3 updates in a row had a loss or gradient that is not finite, or far too large, up to" in failed.stderr
+    assert "up to update 14 (--max-nonfinite-updates sets this limit). --rollbacks is 0" in failed.stderr
     assert "Resume with a lower --lr" in failed.stderr
 
 
