@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from fairseq.distributed import utils as distributed_utils
 from omegaconf import open_dict
 
+from fairseq_plugins.processes import from_first
 from fairseq_plugins.update_guard import TrainingDiverged, find_broken
 from mtmoe.errors import CheckpointError
 from mtmoe.files import duplicate, remove_abandoned, replacing
@@ -191,33 +191,13 @@ def loading(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         last_save.failure = ""
         if trainer.checkpoint_suffix or cfg.restore_file != LAST:
             return load_checkpoint(cfg, trainer, **kwargs)  # a file of each process, or the very file that is asked for
-        other = from_first(trainer, lambda: _instead_of_last(Path(cfg.save_dir)))
+        other = from_first(lambda: _instead_of_last(Path(cfg.save_dir)))
         if not other:
             return load_checkpoint(cfg, trainer, **kwargs)
         with _changed(cfg, restore_file=other, finetune_from_model=None):
             return load_checkpoint(cfg, trainer, **kwargs)
 
     return wrapped
-
-
-def from_first(trainer: Any, choose: Callable[[], Any]) -> Any:
-    """What `choose` returns in the first process, in all of them; an error of it too."""
-
-    def attempt() -> Any:
-        try:
-            return choose()
-        except CheckpointError as error:
-            return error
-
-    first = trainer.data_parallel_rank == 0
-    answer = attempt() if first else None
-    if trainer.data_parallel_world_size > 1:
-        answer = distributed_utils.broadcast_object(
-            answer, src_rank=0, group=trainer.data_parallel_process_group, dist_device=trainer.device
-        )
-    if isinstance(answer, CheckpointError):
-        raise answer
-    return answer
 
 
 def _instead_of_last(folder: Path) -> str:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
+
+from mtmoe.errors import MtmoeError
+
+T = TypeVar("T")
 
 
 def distributed() -> bool:
@@ -18,3 +25,19 @@ def largest(number: int) -> int:
     shared = torch.tensor(number, device=device)
     torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
     return int(shared)
+
+
+def from_first(choose: Callable[[], T]) -> T:
+    """What `choose` returns, or the `MtmoeError` that it raises, in the first process: the same in all of them."""
+    if not distributed():
+        return choose()
+    box: list[T | MtmoeError | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            box[0] = choose()
+        except MtmoeError as error:
+            box[0] = error
+    torch.distributed.broadcast_object_list(box, src=0)
+    if isinstance(box[0], MtmoeError):
+        raise box[0]
+    return box[0]  # type: ignore[return-value]

@@ -13,7 +13,8 @@ from typing import Any
 from fairseq import checkpoint_utils
 from fairseq.logging import metrics
 
-from fairseq_plugins.checkpoints import from_first, last_save
+from fairseq_plugins.checkpoints import last_save
+from fairseq_plugins.processes import from_first
 from fairseq_plugins.update_guard import TrainingDiverged, find_broken
 from mtmoe.training.checkpoint_files import SavedCheckpoint, whole_checkpoints
 
@@ -61,11 +62,11 @@ def go_back(cfg: Any, trainer: Any, task: Any, epoch_itr: Any, error: TrainingDi
         done = f"training went back to a checkpoint {guard.rollbacks} times already" if limit else "--rollbacks is 0"
         raise TrainingDiverged(f"{error}. {done}; the last checkpoint is good. {ADVICE}") from error
     rollbacks, lr_scale = guard.rollbacks + 1, guard.lr_scale * task.cfg.rollback_lr_factor
-    folder = Path(cfg.checkpoint.save_dir)
+    folder, seconds = Path(cfg.checkpoint.save_dir), trainer.cumulative_training_time()
     # From where the last rollback went to, training has diverged again: rather go to an older one, unless a newer one
     # has been saved since.
     wanted = {"until": trainer.get_num_updates(), "avoid": guard.rolled_back_to}
-    for checkpoint in from_first(trainer, lambda: list(whole_checkpoints(folder, logger.warning, **wanted))):
+    for checkpoint in from_first(lambda: list(whole_checkpoints(folder, logger.warning, **wanted))):
         guard.release()
         if hasattr(trainer.optimizer, "release_experts"):
             trainer.optimizer.release_experts()
@@ -82,6 +83,7 @@ def go_back(cfg: Any, trainer: Any, task: Any, epoch_itr: Any, error: TrainingDi
         raise TrainingDiverged(f"{error}. There is no good checkpoint in {folder} to go back to. {ADVICE}") from error
     guard.rollbacks, guard.lr_scale, guard.rolled_back_to = rollbacks, lr_scale, checkpoint.num_updates
     guard.consecutive = 0
+    trainer._previous_training_time = seconds  # time that was spent in vain counts for --stop-time-hours
     logger.warning(
         "%s. Going back to %s (update %d), with the learning rate times %g from there on; rollback %d of %d",
         error, checkpoint.path.name, checkpoint.num_updates, lr_scale, rollbacks, limit,

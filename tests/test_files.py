@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from mtmoe.files import replacing, write_json, write_text
+from mtmoe.files import duplicate, remove_abandoned, replacing, write_json, write_text
 
 
 def names(folder):
@@ -101,3 +101,27 @@ def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path, v
         write_json(tmp_path / "file.json", {"new": value})
     assert json.loads((tmp_path / "file.json").read_text()) == {"old": 1}
     assert names(tmp_path) == ["file.json"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_gets_a_second_name(tmp_path, monkeypatch, links):
+    def no_links(*_):
+        raise OSError("not supported")
+
+    (tmp_path / "new").write_text("new")
+    (tmp_path / "second").write_text("old")
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    for _ in range(2):  # once more when it has the name already
+        duplicate(tmp_path / "new", tmp_path / "second")
+        assert (tmp_path / "second").read_text() == "new"
+        assert (tmp_path / "new").samefile(tmp_path / "second") == links
+        assert names(tmp_path) == ["new", "second"]
+
+
+def test_what_a_killed_writer_leaves_is_removed(tmp_path):
+    for name in ("model.pt", ".model.pt.abcdefgh.tmp", ".other.txt.abcdefgh.tmp", ".model.pt.x.tmp"):
+        (tmp_path / name).touch()
+    assert [path.name for path in remove_abandoned(tmp_path, "model*.pt")] == [".model.pt.abcdefgh.tmp"]
+    assert names(tmp_path) == [".model.pt.x.tmp", ".other.txt.abcdefgh.tmp", "model.pt"]
+    assert remove_abandoned(tmp_path / "none", "*") == []

@@ -52,7 +52,8 @@ def read_header(path: Path) -> SavedCheckpoint:
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can end in nearly any error of the loader
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be loaded: {first}") from error
 
 
 def _header(path: Path, state: dict[str, Any]) -> SavedCheckpoint:

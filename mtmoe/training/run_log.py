@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ class RunLog:
         """The last lines, for the case that it fails."""
 
     def __enter__(self) -> RunLog:
-        self._text = (self.folder / "train.log").open("a", encoding="utf-8")
-        self._metrics = (self.folder / "log.jsonl").open("a", encoding="utf-8")
+        self._text = _Lines(self.folder / "train.log", self.report)
+        self._metrics = _Lines(self.folder / "log.jsonl", self.report)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -33,18 +34,46 @@ class RunLog:
 
     def line(self, text: str) -> None:
         """Take a line of output."""
-        self._text.write(text + "\n")
+        self._text.add(text)
         self.tail = [*self.tail[-11:], text]
         record = parse_metrics(text)
         if record is not None:
-            self._metrics.write(json.dumps(record) + "\n")
-            self._metrics.flush()
-            self._text.flush()
+            self._metrics.add(json.dumps(record))
             summary = _summary(record)
             if summary:
                 self.report(summary)
         elif "WARNING" in text or "ERROR" in text:
             self.report(text.split(" | ", 3)[-1])
+
+
+class _Lines:
+    """Adds whole lines to a file; a full disk costs the lines that do not fit, not the training that they are of."""
+
+    def __init__(self, path: Path, report: Callable[[str], None]) -> None:
+        self._path, self._report = path, report
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._left_out = 0
+
+    def add(self, text: str) -> None:
+        line = (text + "\n").encode()
+        start = os.fstat(self._file).st_size
+        try:
+            done = os.write(self._file, line)
+            while done < len(line):
+                done += os.write(self._file, line[done:])
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, start)  # no half lines
+            if not self._left_out:
+                self._report(f"{self._path} cannot be written: {error.strerror}; lines are left out")
+            self._left_out += 1
+            return
+        if self._left_out:
+            self._report(f"{self._path} can be written again; {self._left_out} lines were left out")
+            self._left_out = 0
+
+    def close(self) -> None:
+        os.close(self._file)
 
 
 def parse_metrics(line: str) -> dict[str, Any] | None:
