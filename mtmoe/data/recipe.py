@@ -285,8 +285,7 @@ class Recipe:
         wanted = self.wanted_pairs()
         for split in SPLITS:
             for name in getattr(self, split).limits:
-                sides = tuple(sorted(canonical(side) for side in name.split("-")))
-                if sides not in wanted:
+                if tuple(sorted(canonical(side) for side in name.split("-"))) not in wanted:
                     raise ConfigError(f"{split}.limits: {name!r} is none of the pairs of this recipe")
 
     def codes(self) -> tuple[str, ...]:

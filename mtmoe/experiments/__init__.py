@@ -1,0 +1,1 @@
+"""Experiments: many configurations trained and evaluated alike, and what came of each."""
