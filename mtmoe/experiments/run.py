@@ -194,9 +194,22 @@ def result(run: Run, model: Path) -> dict[str, Any]:
         "valid": curves(records, "valid"),
         "train_sample": curves(records, "train_sample"),
         "dropped_share": statistics.fmean(record.get("overflow", 0.0) for record in inner),
+        "routing": routing(run, model) if run.preset(None).options.get("moe-freq") else None,
         "valid_scores": scores(run, "valid"),
         "test_scores": None,
     }
+
+
+def routing(run: Run, model: Path) -> dict[str, Any]:
+    """What the gates choose on validation text; see `mtmoe.routing_table.RoutingTable`."""
+    from mtmoe.inference import Translator
+    from mtmoe.inference.routing import collect_routing
+
+    data = PreparedData(run.experiment.data)
+    directions = data.choose_directions(None, "valid")
+    sets = (data.read(direction, "valid") for direction in directions)
+    texts = ((one.direction, one.sources, one.references) for one in sets)
+    return collect_routing(Translator.load(model), texts, directions, model=run.name).to_json()
 
 
 def score_test(run: Run) -> None:

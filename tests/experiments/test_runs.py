@@ -14,6 +14,7 @@ import yaml
 
 from mtmoe.evaluation.metrics import score
 from mtmoe.evaluation.test_sets import PreparedData
+from mtmoe.routing_table import RoutingTable
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "experiments" / "low_resource.py"
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.slow
 BASE = {
     "arch": "mtmoe_transformer_tiny",
     "options": {
+        "moe-freq": 2,
         "encoder-layers": 2, "decoder-layers": 2, "encoder-embed-dim": 32, "encoder-ffn-embed-dim": 64,
         "encoder-attention-heads": 2, "decoder-attention-heads": 2, "num-experts": 4, "dropout": 0.1, "max-tokens": 512,
         "max-update": 300, "lr": 0.003, "lr-scheduler": "polynomial_decay", "warmup-updates": 10, "cpu": True,
@@ -85,6 +87,8 @@ def test_an_experiment_survives_a_stop_and_is_scored_once(experiment):
     assert set(moe["valid"][0]["nll_loss"]) == set(moe["bucket"]) == set(moe["valid_scores"])
     assert [point["update"] for point in moe["train_sample"]] == [100, 200, 300]
     assert moe["test_scores"] is None
+    table = RoutingTable.from_json(moe["routing"])
+    assert set(table.rows) == set(moe["bucket"])
     assert moe["total_seconds"] > 0
     assert late["settings"]["curriculum"] != moe["settings"]["curriculum"]
     assert late["model"] == moe["model"]
