@@ -4,7 +4,8 @@
 // torch.mm packs its operands and compiles a kernel for each new number of rows, and an expert's number of tokens is
 // new at nearly every step. Here only tiles are compiled, of a few shapes, and each operand is packed at most once:
 //
-//   forward   y^T  = W   x^T    W as it is, 64 of its rows at a time; x is packed once for all of them
+//   forward   y^T  = W   x^T    few rows: W as it is, 64 of its rows at a time; x is packed once for all of them
+//             y    = x   W^T    many rows: x as it is; 64 rows of W are packed for all rows of the expert
 //   backward  dx   = dy  W      dy as it is; 64 columns of W are packed for all rows of the expert
 //             dW   = dy^T x     both packed once, in chunks of at most 128 rows; dW is written once
 //
@@ -18,6 +19,7 @@
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -148,14 +150,44 @@ const T* cast_rows(const W* weight, int64_t K, int64_t count, T* scratch) {
   }
 }
 
+// Whether W is packed instead of x: what is turned is then N x K once, else R x K, and R x N as the result comes out.
+inline bool packs_weight(int64_t R, int64_t N, int64_t K) { return R * (K + 2 * N) > N * K; }
+
+// sums + shift, maybe through relu, in the type of the output.
+template <typename T>
+void finish_row(const float* sums, const float* shift, bool relu, int64_t width, T* to) {
+  const float least = relu ? 0.0f : -std::numeric_limits<float>::infinity();
+  const Vec low(least);
+  int64_t j = 0;
+  for (; j + kPair <= width; j += kPair) {
+    const Vec a = Vec::loadu(sums + j) + Vec::loadu(shift + j);
+    const Vec b = Vec::loadu(sums + j + Vec::size()) + Vec::loadu(shift + j + Vec::size());
+    store_pair(to + j, at::vec::clamp_min(a, low), at::vec::clamp_min(b, low));
+  }
+  for (; j < width; ++j) {
+    const float v = sums[j] + shift[j];
+    to[j] = static_cast<T>(v < least ? least : v);
+  }
+}
+
 template <typename T, typename W>
 void forward(
     const T* x, const int64_t* offsets, const W* weight, const W* bias, bool relu, int64_t experts, int64_t N,
     int64_t K, T* y) {
   const Blocks blocks(offsets, experts, kTile, 16);
-  const Buffer<T> packed(blocks.padded * K);
-  run_tasks(blocks.all.size(), [&](int64_t i) {
-    const Block& block = blocks.all[i];
+  std::vector<bool> turned_weight(experts);
+  int64_t turned_rows = 0;  // of x, to the end of the last expert whose rows are packed
+  std::vector<int64_t> packing;
+  for (int64_t e : blocks.used) {
+    turned_weight[e] = packs_weight(offsets[e + 1] - offsets[e], N, K);
+    for (int64_t b = blocks.first[e]; !turned_weight[e] && b < blocks.first[e + 1]; ++b) {
+      packing.push_back(b);
+      turned_rows = blocks.all[b].offset + divide_up(blocks.all[b].rows, 16) * 16;
+    }
+  }
+  const Buffer<T> packed(turned_rows * K);
+  run_tasks(packing.size(), [&](int64_t i) {
+    const Block& block = blocks.all[packing[i]];
     pack_columns(x + block.start * K, block.rows, divide_up(block.rows, 16) * 16, K, packed.data() + block.offset * K);
   });
 
@@ -163,23 +195,26 @@ void forward(
   const bool same = std::is_same_v<W, T>;
   run_tasks(blocks.used.size() * tiles, [&](int64_t task) {
     const int64_t e = blocks.used[task / tiles], n0 = task % tiles * kTile, width = std::min(kTile, N - n0);
-    const Buffer<T> scratch(same ? 0 : width * K);
+    const Buffer<T> scratch(same ? 0 : width * K), packed_weight(turned_weight[e] ? kTile * K : 0);
     const T* matrix = cast_rows(weight + (e * N + n0) * K, K, width, scratch.data());
+    if (turned_weight[e]) pack_columns(matrix, width, kTile, K, packed_weight.data());
     alignas(64) float sums[kTile * kTile], turned[kTile * kTile], shift[kTile] = {};
     if (bias) convert(bias + e * N + n0, shift, width);
     for (int64_t b = blocks.first[e]; b < blocks.first[e + 1]; ++b) {
       const Block& block = blocks.all[b];
       const int64_t padded = divide_up(block.rows, 16) * 16;
-      multiply(width, padded, K, K, padded, false, matrix, packed.data() + block.offset * K, sums);
-      transpose(sums, kTile, turned, kTile, width, padded);
+      const float* result = turned;
+      if (turned_weight[e]) {
+        // Rows of the next expert are taken along, and their results left out: 4 shapes of kernels instead of 64.
+        const int64_t height = std::min(padded, offsets[experts] - block.start);
+        multiply(height, kTile, K, K, kTile, false, x + block.start * K, packed_weight.data(), sums);
+        result = sums;
+      } else {
+        multiply(width, padded, K, K, padded, false, matrix, packed.data() + block.offset * K, sums);
+        transpose(sums, kTile, turned, kTile, width, padded);
+      }
       for (int64_t r = 0; r < block.rows; ++r) {
-        float* row = turned + r * kTile;
-        for (int64_t j = 0; j < kTile; j += Vec::size()) {
-          Vec v = Vec::loadu(row + j) + Vec::loadu(shift + j);
-          if (relu) v = at::vec::clamp_min(v, Vec(0.0f));
-          v.store(row + j);
-        }
-        convert(row, y + (block.start + r) * N + n0, width);
+        finish_row(result + r * kTile, shift, relu, width, y + (block.start + r) * N + n0);
       }
     }
   }, release);
