@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mtmoe.kernels import extension
+from mtmoe.kernels.dropout import draw_seed
 from mtmoe.kernels.dropout import dropout as drop
-from mtmoe.kernels.residual import draw_seed
 
 LONGEST = 256
 """Sentences up to this length take the compiled kernel, which multiplies in fp32."""

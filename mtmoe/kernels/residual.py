@@ -15,12 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mtmoe.kernels import extension
-from mtmoe.kernels.dropout import dropout
-
-
-def draw_seed() -> int:
-    """A seed for masks, from torch's own generator of the CPU."""
-    return int(torch.empty((), dtype=torch.int64).random_(-(1 << 63), None))
+from mtmoe.kernels.dropout import draw_seed, dropout
 
 
 def residual_add(x: Tensor, branch: Tensor, p: float = 0.0) -> Tensor:

@@ -1,17 +1,32 @@
-"""Dropout of four elements a draw against what dropout means."""
+"""Dropout, compiled and of four elements a draw, against what dropout means."""
 
 import math
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import counter_random
 from torch.autograd import gradcheck
 
 from mtmoe import kernels
+from mtmoe.kernels import extension
 from mtmoe.kernels.dropout import keep_mask
 
 SHAPES = [(100_003,), (333, 301), (7, 11, 1301)]  # none a multiple of four elements
+BLOCK = 1024
+"""Elements that share a key in the compiled kernel."""
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True, scope="module")
+def path(request):
+    """Each of the two implementations."""
+    if request.param == "compiled" and not extension.available():
+        pytest.skip("the C++ extension is not compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "available", lambda: request.param == "compiled")
+        yield request.param
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -46,6 +61,27 @@ def test_neighbours_are_independent():
     sigma = 0.25 * 0.75 / math.sqrt(400_000)
     for distance in (1, 2, 3, 4, 5, 8):
         assert abs((kept[:-distance] * kept[distance:]).mean()) < 4 * sigma
+
+
+@settings(max_examples=40)
+@given(
+    shape=st.lists(st.integers(0, 61), max_size=3),
+    p=st.floats(0.001, 0.99),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
+def test_compiled_mask_is_that_of_its_seed_both_ways(path, shape, p, dtype, seed):
+    if path != "compiled":
+        pytest.skip("the mask of the compiled kernel")
+    x, grad = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["mtmoe.kernels.dropout"], "draw_seed", lambda: seed)
+        y = kernels.dropout(x, p)
+    y.backward(grad)
+    mask = counter_random.keep_mask(seed, -(-x.numel() // BLOCK), BLOCK, p).flatten()[: x.numel()].view(shape)
+    rtol = 2**-7 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(y.double(), x.double() * mask, rtol=rtol, atol=0)
+    torch.testing.assert_close(x.grad.double(), grad.double() * mask, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("place", range(4))
