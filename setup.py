@@ -1,7 +1,9 @@
 """Metadata and dependencies of mtmoe; requirements.lock pins the exact versions that are tested."""
 
+import os
 import platform
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -27,6 +29,25 @@ DEV = [
 ]
 
 
+def compile_in_parallel(compiler) -> None:
+    """Let a distutils compiler work on one file for each core at a time; by itself it takes one after the other."""
+    compile_one, compile_all = compiler._compile, compiler.compile
+
+    def compile_files(*args, **options) -> list[str]:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            running = []
+            compiler._compile = lambda *file: running.append(pool.submit(compile_one, *file))
+            try:
+                objects = compile_all(*args, **options)
+            finally:
+                compiler._compile = compile_one
+        for each in running:
+            each.result()  # raises what the compiler raised
+        return objects
+
+    compiler.compile = compile_files
+
+
 def extension() -> dict:
     """The compiled CPU kernels: left out where torch or a compiler is missing, since all works without them."""
     if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
@@ -37,6 +58,14 @@ def extension() -> dict:
         message = "no torch here, so the CPU kernels are not compiled; pip needs --no-build-isolation for them"
         warnings.warn(message, stacklevel=2)
         return {}
+
+    class Build(BuildExtension):
+        """torch's, whose own way to use several cores would need ninja."""
+
+        def build_extension(self, ext) -> None:
+            compile_in_parallel(self.compiler)
+            super().build_extension(ext)
+
     sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "mtmoe/kernels/csrc").glob("*.cpp"))
     # The processor is asked before the file is loaded (mtmoe/kernels/extension.py).
     flags = ["-O3", "-fno-math-errno", "-fopenmp", "-march=x86-64-v4", "-mavx512bf16", "-DAT_PARALLEL_OPENMP=1",
@@ -46,7 +75,7 @@ def extension() -> dict:
         "mtmoe.kernels._extension", sources, include_dirs=["mtmoe/kernels/csrc"], extra_compile_args=flags,
         extra_link_args=["-fopenmp"], optional=True,
     )  # fmt: skip
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build.with_options(use_ninja=False)}}
 
 
 setup(
