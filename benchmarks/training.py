@@ -5,7 +5,8 @@ the same active FLOPs, as `mtmoe train` would run them. All see the same batches
 with our task, too, since its own multilingual task draws other batches; the time of this task is in all figures.
 `fairseq-own-task` is fairseq with its translation_multi_simple_epoch as well, for the speed alone.
 
-The systems run in turn, a slice of updates each, and go on from their checkpoints: A B C A B C.
+The systems run in turn, a slice of updates each, and go on from their checkpoints: A B C A B C. A machine's speed
+drifts, so ratios are taken within a turn; slices in which other processes took much of the machine do not count.
 
     python -m benchmarks.training --data runs/demo/data --data runs/tatoeba20/data
 """
@@ -20,6 +21,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,9 @@ SHAPE = {
     "decoder-normalize-before": True, "max-source-positions": 256, "max-target-positions": 256, "dropout": 0.1,
 }  # fmt: skip
 """The demo's model; its MoE layers have experts of half the dense width, two a token."""
+
+DISTURBED = 0.05
+"""Share of the machine that other processes may take during a slice whose speed counts."""
 
 SCHEDULE = {"lr": 0.001, "lr-scheduler": "inverse_sqrt", "warmup-updates": 200, "adam-betas": "(0.9, 0.98)"}
 """A schedule that does not depend on how long training is: a slice goes on where the one before it stopped."""
@@ -138,6 +143,15 @@ def train_slice(name: str, config: TrainConfig, until: int) -> list[dict[str, An
     return records
 
 
+def others_seconds(stat: Path = Path("/proc/stat")) -> float:
+    """CPU seconds since boot of all but this process and those it waited for; 0 where there is no such file."""
+    if not stat.is_file():
+        return 0.0
+    user, nice, system, _, _, irq, softirq = map(int, stat.read_text(encoding="ascii").split()[1:8])
+    busy = (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+    return busy - sum(os.times()[:4])
+
+
 def speeds(records: Sequence[Mapping[str, Any]], start: int, warm: int) -> list[float]:
     """Target words/s of each logged interval of a slice that began at `start`, without the first `warm` updates."""
     return [
@@ -177,6 +191,7 @@ def run_data(
                 shutil.rmtree(config.folder, ignore_errors=True)
                 config = config_of(SYSTEMS[name], data, root / name, args)
             config.folder.mkdir(parents=True, exist_ok=True)
+            others, started = others_seconds(), time.monotonic()
             try:
                 records = train_slice(name, config, (turn + 1) * args.slice)
             except RuntimeError as error:
@@ -186,9 +201,13 @@ def run_data(
                 write_json(path, stored)
                 continue
             rates = speeds(records, turn * args.slice, args.warm)
-            done[name].append({"words_per_second": rates, "curves": curves(records)})
+            share = (others_seconds() - others) / (time.monotonic() - started) / (os.cpu_count() or 1)
+            done[name].append({"words_per_second": rates, "curves": curves(records), "others": share})
             write_json(path, stored)
-            say(f"{name_of(data)}: slice {turn + 1}/{args.slices}: {name}: {statistics.median(rates):.0f} words/s")
+            say(
+                f"{name_of(data)}: slice {turn + 1}/{args.slices}: {name}: {statistics.median(rates):.0f} words/s"
+                + (f"; does not count, others took {share:.0%} of the machine" if share > DISTURBED else "")
+            )
     return summarise({name: done[name] for name in chosen})
 
 
@@ -200,18 +219,39 @@ def name_of(data: Path) -> str:
 
 
 def summarise(slices: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Median words/s over all intervals of all slices of a system, the median of each slice, and the joined curves."""
+    """Speeds of the slices that count, and the curves of all.
+
+    Returns:
+        Name -> median words/s over all intervals; median of each turn's slice, None where it does not count; the curves,
+        joined. Systems without any speed are left out.
+    """
     found = {}
     for name, parts in slices.items():
-        rates = [rate for part in parts for rate in part["words_per_second"]]
+        counted = [part["words_per_second"] if part.get("others", 0.0) <= DISTURBED else [] for part in parts]
+        rates = [rate for each in counted for rate in each]
         if not rates:
             continue
         joined = {
             split: [tuple(point) for part in parts for point in part["curves"][split]] for split in ("train", "valid")
         }
-        each = [statistics.median(part["words_per_second"]) for part in parts if part["words_per_second"]]
-        found[name] = {"words_per_second": statistics.median(rates), "slices": each, "curves": joined}
+        turns = [statistics.median(each) if each else None for each in counted]
+        found[name] = {"words_per_second": statistics.median(rates), "slices": turns, "curves": joined}
     return found
+
+
+def ratios(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> list[float]:
+    """Speed over that of another system in each turn in which both count."""
+    if base is None:
+        return []
+    return [own / other for own, other in zip(row["slices"], base["slices"], strict=False) if own and other]
+
+
+def spread(values: Sequence[float]) -> str:
+    """The median, and the least and largest where they differ."""
+    if not values:
+        return number(None)
+    middle, least, most = number(statistics.median(values)), number(min(values)), number(max(values))
+    return middle if least == most else f"{middle} ({least} to {most})"
 
 
 def report(machine: dict[str, Any], args: argparse.Namespace, results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -219,17 +259,17 @@ def report(machine: dict[str, Any], args: argparse.Namespace, results: Mapping[s
     parts = [
         f"# Training, end to end\n\n{machine_line(machine)}\n\n3 + 2 layers, d_model 256, d_ffn 1024 (experts: two of "
         f"512 a token in every second layer), {args.slices} slices of {args.slice} updates each, in turn; medians of "
-        f"the target words/s of {args.log_interval} updates each, without a slice's first {args.warm}.\n"
+        f"the target words/s of {args.log_interval} updates each, without a slice's first {args.warm}. Ratios are "
+        "medians over turns, with the least and the largest.\n"
     ]
     for data, rows in results.items():
-        plain, dense = (rows.get(name, {}).get("words_per_second") for name in ("fairseq", "dense"))
         cells = []
         for name, row in rows.items():
-            speed, valid = row["words_per_second"], row["curves"]["valid"]
-            spread = f"{min(row['slices']):.0f} to {max(row['slices']):.0f}"
+            valid = row["curves"]["valid"]
             cells.append([
-                name, number(speed / plain if plain else None), number(speed / dense if dense else None),
-                number(speed, 0), spread, number(valid[-1][1] if valid else None, 3),
+                name, *(spread(ratios(row, rows.get(base))) for base in ("fairseq", "dense")),
+                number(row["words_per_second"], 0), ", ".join(number(each, 0) for each in row["slices"]),
+                number(valid[-1][1] if valid else None, 3),
             ])  # fmt: skip
         header = ["system", "x fairseq", "x dense", "words/s", "slices", "valid nll at the end"]
         parts.append(f"## {data}\n\n{table(header, cells)}\n![Loss curves](training-{data}.svg)\n")

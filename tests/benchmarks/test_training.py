@@ -1,6 +1,7 @@
 """What is read from the logs of training, and what is run with which options."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +68,31 @@ def test_a_finished_slice_is_not_trained_again(tmp_path, monkeypatch):
         {"processor": "P", "instructions": [], "threads": 1, "allocator": "a", "versions": {}}, args, {"toy": found}
     )
     assert "| moe8   |         – |    0.80 |" in text
+
+
+def test_disturbed_slices_do_not_count_and_ratios_are_of_one_turn():
+    def part(rate, others):
+        return {"words_per_second": [rate], "curves": {"train": [], "valid": [(1, 2.0)]}, "others": others}
+
+    found = training.summarise({
+        "fairseq": [part(10.0, 0.0), part(20.0, 0.01), part(10.0, 0.0)],
+        "dense": [part(20.0, 0.0), part(20.0, 0.5), part(30.0, 0.0)],
+    })  # fmt: skip
+    assert found["dense"]["slices"] == [20.0, None, 30.0]
+    assert len(found["dense"]["curves"]["valid"]) == 3
+    assert training.ratios(found["dense"], found["fairseq"]) == [2.0, 3.0]
+    assert training.ratios(found["dense"], None) == []
+    assert training.spread([2.0, 3.0]) == "2.50 (2.00 to 3.00)"
+    assert training.spread([2.0]) == "2.00"
+
+
+def test_time_of_others_is_what_the_machine_was_busy_without_our_own(tmp_path):
+    tick = os.sysconf("SC_CLK_TCK")
+    counts = [9000 * tick, 500 * tick, 300 * tick, 70_000 * tick, 1000 * tick, 20 * tick, 10 * tick, 5 * tick, 0, 0]
+    (tmp_path / "stat").write_text("cpu  " + " ".join(map(str, counts)) + "\ncpu0 1 2 3\n", encoding="ascii")
+    own = sum(os.times()[:4])
+    assert training.others_seconds(tmp_path / "stat") == pytest.approx(9830 - own, abs=1.0)
+    assert training.others_seconds(tmp_path / "none") == 0.0
 
 
 def test_a_failed_system_leaves_the_others_working(tmp_path, monkeypatch):
