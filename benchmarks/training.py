@@ -222,7 +222,7 @@ def summarise(slices: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, di
     """Speeds of the slices that count, and the curves of all.
 
     Returns:
-        Name -> median words/s over all intervals; median of each turn's slice, None where it does not count; the curves,
+        Name -> median words/s over all intervals; the median of each slice, None where it does not count; the curves,
         joined. Systems without any speed are left out.
     """
     found = {}

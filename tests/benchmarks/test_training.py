@@ -56,6 +56,7 @@ def test_a_finished_slice_is_not_trained_again(tmp_path, monkeypatch):
         return [interval(until, 100.0 if name == "dense" else 80.0, 3.0)]
 
     monkeypatch.setattr(training, "train_slice", train_slice)
+    monkeypatch.setattr(training, "others_seconds", lambda: 0.0)  # whatever else runs beside the tests
     found = training.run_data(data, ["dense", "moe8"], args, say=lambda _: None)
     assert trained == [("dense", 200), ("moe8", 200), ("dense", 400), ("moe8", 400)]
     assert found["moe8"]["words_per_second"] == 80.0
@@ -68,6 +69,16 @@ def test_a_finished_slice_is_not_trained_again(tmp_path, monkeypatch):
         {"processor": "P", "instructions": [], "threads": 1, "allocator": "a", "versions": {}}, args, {"toy": found}
     )
     assert "| moe8   |         – |    0.80 |" in text
+
+
+def test_a_disturbed_slice_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "train_slice", lambda *_: [interval(200, 100.0, 3.0)])
+    busy = iter([0.0, 100.0])
+    monkeypatch.setattr(training, "others_seconds", lambda: next(busy))
+    said = []
+    args = SimpleNamespace(**vars(ARGS), slices=1, warm=10, output=tmp_path)
+    assert training.run_data(tmp_path / "toy", ["dense"], args, say=said.append) == {}
+    assert "does not count" in said[0]
 
 
 def test_disturbed_slices_do_not_count_and_ratios_are_of_one_turn():
@@ -104,6 +115,7 @@ def test_a_failed_system_leaves_the_others_working(tmp_path, monkeypatch):
         return [interval(until, 100.0, 3.0)]
 
     monkeypatch.setattr(training, "train_slice", train_slice)
+    monkeypatch.setattr(training, "others_seconds", lambda: 0.0)  # whatever else runs beside the tests
     said = []
     assert list(training.run_data(tmp_path / "toy", ["moe8", "dense"], args, say=said.append)) == ["dense"]
     assert "status 1" in said[0]
