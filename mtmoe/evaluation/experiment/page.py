@@ -18,11 +18,13 @@ from mtmoe.evaluation.experiment.routing_plots import (
 )
 from mtmoe.evaluation.experiment.runs import Experiment
 from mtmoe.evaluation.experiment.tables import (
+    BUCKET_NAMES,
     explanation,
     group_table,
     main_table,
     markdown,
     ordered,
+    significance_table,
     training_table,
     write_between_markers,
 )
@@ -77,7 +79,7 @@ def _drawn(pictures: Sequence[Picture | None]) -> list[Picture]:
 def shown_configs(experiment: Experiment, results: Mapping[str, Any]) -> list[str]:
     """The configurations whose routing is shown: the first baseline, and the best of the others, that have experts."""
     routed = [
-        config for config in ordered(results) if any(run.record.get("routing") for run in experiment.configs[config])
+        config for config in ordered(results) if any(run.routing() is not None for run in experiment.configs[config])
     ]
     first = [config for config in results["baselines"][:1] if config in routed]
     best = [config for config in routed if config not in results["baselines"]][:1]
@@ -114,12 +116,18 @@ def _section(results: Mapping[str, Any], pictures: Pictures) -> str:
         *(_figure(picture) for picture in pictures.scores),
         "<h3>By group of directions</h3>",
         _table(group_table(results)),
+        *(part for bucket in (*results["buckets"], "all") for part in _sureness(results, bucket)),
         "<h3>Over-fitting, speed and size</h3>",
         _table(training_table(results)),
         "<h3>Routing</h3>" if pictures.routing else "",
         *(_figure(picture) for picture in pictures.routing),
     ]
     return f'<section id="{html.escape(results["experiment"], quote=True)}">\n' + "\n".join(parts) + "\n</section>"
+
+
+def _sureness(results: Mapping[str, Any], bucket: str) -> list[str]:
+    table = significance_table(results, bucket)
+    return [f"<h3>How sure the difference is: {BUCKET_NAMES[bucket]}</h3>", _table(table)] if table[1] else []
 
 
 def _table(table: Any) -> str:

@@ -79,13 +79,18 @@ class ExperimentRun:
         return sorted(points, key=lambda point: point[0])
 
     def routing(self) -> RoutingTable | None:
-        """What the gates chose; None for a dense model.
+        """What the gates chose; None for a dense model, or where nobody counted.
+
+        It stands in the run's file, or in one that `mtmoe routing` wrote: ``routing/CONFIG.seedN.json``.
 
         Raises:
             DataError: the table is damaged.
         """
         value = self.record.get("routing")
-        return None if not value else RoutingTable.from_json(value, f"routing of {self.path}")
+        if value:
+            return RoutingTable.from_json(value, f"routing of {self.path}")
+        path = self.path.parent.parent / "routing" / f"{self.config}.seed{self.seed}.json"
+        return RoutingTable.load(path) if path.is_file() else None
 
     def hypotheses(self, split: str) -> dict[str, list[str]]:
         """Direction -> its outputs; nothing where they were not kept.

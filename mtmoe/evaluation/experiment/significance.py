@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mtmoe.errors import DataError
 from mtmoe.evaluation.buckets import pair_of, split_direction
 from mtmoe.evaluation.metrics import build_metric
-from mtmoe.evaluation.significance import DEFAULT_SEED
+from mtmoe.evaluation.significance import DEFAULT_SEED, wilcoxon
 
 SAMPLES = 10_000
 """Resamples; the smallest p is 1 / (samples + 1), below 0.01 even after Holm's correction for twenty configurations."""
@@ -58,6 +58,12 @@ class MeanDifference:
     """Upper end of it."""
     directions: int
     """How many directions it is the mean of."""
+    better: int
+    """Directions in which the mean over seeds is higher."""
+    worse: int
+    """Directions in which it is lower."""
+    wilcoxon_p: float
+    """Of Wilcoxon's signed ranks over directions: would other directions gain too? Not corrected."""
 
 
 class Bootstrap:
@@ -171,4 +177,17 @@ def compare_groups(
     beyond = int((np.abs(drawn - drawn.mean()) >= abs(difference) - 1e-9).sum())
     low, high = np.quantile(drawn, [0.025, 0.975])
     p_value = (beyond + 1) / (len(drawn) + 1)
-    return MeanDifference(difference, by_seed, p_value, float(low), float(high), len(common))
+    by_direction = [
+        float(np.mean([other[seed][one].score - baseline[seed][one].score for seed in seeds])) for one in common
+    ]
+    return MeanDifference(
+        difference,
+        by_seed,
+        p_value,
+        float(low),
+        float(high),
+        directions=len(common),
+        better=sum(value > 0 for value in by_direction),
+        worse=sum(value < 0 for value in by_direction),
+        wilcoxon_p=wilcoxon(by_direction),
+    )

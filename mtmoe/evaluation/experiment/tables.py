@@ -75,6 +75,34 @@ def group_table(results: Mapping[str, Any]) -> Table:
     return columns, rows
 
 
+def significance_table(results: Mapping[str, Any], bucket: str) -> Table:
+    """How sure the difference to the main baseline is on one bucket: over sentences, over seeds and over directions."""
+    headings = ("Δ", "95 % interval", "p", "p (Holm)", "each seed", "better", "worse", "Wilcoxon p")
+    columns = [("configuration", TEXT), *((heading, NUMBER) for heading in headings)]
+    rows = []
+    for config in ordered(results):
+        baselines = results["baselines"]
+        one = None
+        if baselines and config != baselines[0]:
+            one = results["differences"][baselines[0]][config].get("all", {}).get(bucket)
+        if one is None or "p_value" not in one:
+            continue
+        rows.append(
+            [
+                _title(results, config),
+                f"{one['difference']:+.2f}{one['stars']}",
+                f"{one['low']:+.2f} to {one['high']:+.2f}",
+                f"{one['p_value']:.4f}",
+                f"{one['p_holm']:.4f}",
+                ", ".join(f"{value:+.2f}" for value in one["by_seed"].values()),
+                str(one["better"]),
+                str(one["worse"]),
+                f"{one['wilcoxon_p']:.4f}",
+            ]
+        )
+    return columns, rows
+
+
 def training_table(results: Mapping[str, Any]) -> Table:
     """Over-fitting by bucket, speed, size and dropped tokens."""
     buckets = list(results["buckets"])
@@ -116,7 +144,8 @@ def explanation(results: Mapping[str, Any]) -> list[str]:
             f"({results['bootstrap']['samples']:,} resamples, both directions of a pair drawn together, mean over "
             "directions and seeds); after Holm's correction for the number of configurations `*` p < 0.05, `**` "
             "p < 0.01, `***` p < 0.001. It tells whether other sentences would show a difference between these very "
-            "trainings; what another seed does, the standard deviation tells."
+            "trainings; what another seed does, the standard deviation tells. Better, worse and Wilcoxon's p count "
+            "directions, in the mean over seeds."
         )
     lines.append(
         "Losses are bits a token. Best update: where a bucket's mean validation loss is lowest; rise: validation loss "
@@ -137,11 +166,20 @@ def markdown(results: Mapping[str, Any], pictures: Sequence[tuple[str, str]] = (
         markdown_table(main_table(results)),
         "By group of directions, with the difference to the baseline:",
         markdown_table(group_table(results)),
+        *_sureness(results),
         "Over-fitting, speed and size:",
         markdown_table(training_table(results)),
         *(f"![{caption}]({file})\n\n*{caption}*" for file, caption in pictures),
     ]
     return "\n\n".join(parts)
+
+
+def _sureness(results: Mapping[str, Any]) -> list[str]:
+    bucket = next(iter(results["buckets"]), "all")
+    table = significance_table(results, bucket)
+    if not table[1]:
+        return []
+    return [f"How sure the difference is for {BUCKET_NAMES[bucket]}-resource directions:", markdown_table(table)]
 
 
 def write_between_markers(path: Path, name: str, text: str) -> None:

@@ -121,6 +121,16 @@ def test_what_is_drawn_are_means_over_seeds(drawn):
     np.testing.assert_allclose(_shared(routing, languages)[:, 1], expected[[2, 1, 0]])
 
 
+def test_routing_may_stand_in_a_file_of_its_own(tmp_path, make_run, finished):
+    make_run(tmp_path / "toy", "moe", 1, routing=None)
+    (run,) = Experiment.load(tmp_path / "toy").runs
+    assert run.routing() is None
+    expected = Experiment.load(finished).configs["moe"][0].routing()
+    (tmp_path / "toy" / "routing").mkdir()
+    expected.save(tmp_path / "toy" / "routing" / "moe.seed1.json")
+    assert run.routing().to_json() == expected.to_json()
+
+
 def test_languages_are_named_and_ordered_by_their_pairs():
     pairs = {"de-en": 9000, "en-de": 9000, "en-mk": 1500, "mk-en": 1500, "qq-en": 5}
     assert language_label("en", pairs) == "English (10,500)"

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from mtmoe.errors import DataError
 from mtmoe.evaluation.experiment.significance import Bootstrap, chrf_of, chrf_statistics, compare_groups
 from mtmoe.evaluation.metrics import build_metric
+from mtmoe.evaluation.significance import wilcoxon
 
 texts = st.text(alphabet="ab c.ä", max_size=12)
 
@@ -61,7 +62,12 @@ def test_the_difference_equals_a_loop_over_resamples(references):
     assert (found.low, found.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=1e-3)
     beyond = sum(abs(one - np.mean(drawn)) >= abs(found.difference) for one in drawn)
     assert found.p_value == pytest.approx((beyond + 1) / 51)
-    assert found.directions == 3
+    apart = {
+        one: np.mean([corpus("b", s, one, everything) - corpus("a", s, one, everything) for s in (1, 2)])
+        for one in group
+    }
+    assert (found.directions, found.better) == (3, sum(value > 0 for value in apart.values()))
+    assert found.wilcoxon_p == pytest.approx(wilcoxon(list(apart.values())))
 
 
 def test_both_directions_of_a_pair_draw_the_same_sentences(references):

@@ -8,6 +8,7 @@ from mtmoe.evaluation.experiment.tables import (
     main_table,
     markdown,
     ordered,
+    significance_table,
     training_table,
     write_between_markers,
 )
@@ -46,6 +47,17 @@ def test_group_and_training_tables(results):
     assert rows[0][-3].startswith("2,020 ± 10")
 
 
+def test_significance_table(results):
+    _, rows = significance_table(results, "very_low")
+    assert [row[0] for row in rows] == ["dense", "moe + eom", "moe + cmr"]
+    found = results["differences"]["moe"]["moe_eom"]["all"]["very_low"]
+    assert rows[1][1] == f"{found['difference']:+.2f}{found['stars']}"
+    assert rows[1][4] == f"{found['p_holm']:.4f}"
+    assert rows[1][5].count(",") == 2
+    assert rows[1][6:8] == ["2", "0"]
+    assert "How sure the difference is for very low-resource directions" in markdown(results)
+
+
 def test_tables_of_one_run(tmp_path, make_run):
     make_run(tmp_path / "toy", "moe_eom", 1, valid=[], outputs=False)
     results = summarise(Experiment.load(tmp_path / "toy"), None)
@@ -53,6 +65,7 @@ def test_tables_of_one_run(tmp_path, make_run):
     assert [name for name, _ in columns] == ["configuration", "seeds", "very low", "low", "high", "all"]
     assert "±" not in "".join(rows[0])
     assert training_table(results)[1][0][1] == "–"
+    assert significance_table(results, "all")[1] == []
     assert "Buckets are disjoint" in markdown(results)
 
 
