@@ -6,12 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from mtmoe.errors import DataError
 from mtmoe.evaluation.buckets import FAMILIES, families_of
 from mtmoe.evaluation.experiment.runs import BUCKETS, Experiment, ExperimentRun, mean, mean_over, spread
 from mtmoe.evaluation.experiment.significance import SAMPLES, Bootstrap, Resampled, compare_groups
 from mtmoe.evaluation.significance import DEFAULT_SEED, holm, stars
 
 METRICS = ("chrf++", "bleu")
+
+SAME_SCORE = 0.005
+"""chrF++ by which a score may differ from the one that the run recorded; fp32 sums differ by less than 0.0001."""
 
 Figures = dict[str, Any]
 
@@ -50,6 +54,7 @@ def summarise(
         bootstrap = Bootstrap(references, samples, seed)
         for run in experiment.runs:
             scored = bootstrap.run(run.hypotheses(split) if run.scores(split) else {})
+            _check_references(run, split, scored)
             if scored:
                 resampled.setdefault(run.config, {})[run.seed] = scored
             if advance:
@@ -72,6 +77,25 @@ def summarise(
         "configurations": configurations,
         "differences": differences,
     }
+
+
+def _check_references(run: ExperimentRun, split: str, scored: Mapping[str, Resampled]) -> None:
+    """Refuse references that are not those of the run: prepared anew, a data folder may hold other text.
+
+    Raises:
+        DataError: a score computed from outputs and references is not the run's own, or a direction is missing.
+    """
+    own = run.scores(split) if scored else {}
+    other = [
+        direction
+        for direction, row in own.items()
+        if direction not in scored or abs(scored[direction].score - row["chrf++"]) > SAME_SCORE
+    ]
+    if other:
+        raise DataError(
+            f"{run.path} was scored on other {split} text than the data has for {', '.join(other)}; give the data that "
+            "it was trained on"
+        )
 
 
 def _bucket(experiment: Experiment, bucket: str) -> Figures:

@@ -122,3 +122,14 @@ def test_damaged_experiments(tmp_path, make_run):
     run = ExperimentRun.load(folder / "runs" / "moe.seed1.json")
     with pytest.raises(DataError, match=r"moe.seed1.test.jsonl.xz is damaged"):
         run.hypotheses("test")
+
+
+def test_references_of_another_preparation_are_refused(tmp_path, make_run, references):
+    make_run(tmp_path / "toy", "moe", 1)
+    experiment = Experiment.load(tmp_path / "toy")
+    changed = references | {"en-mk": list(reversed(references["en-mk"]))}
+    with pytest.raises(DataError, match=r"moe.seed1.json was scored on other test text than the data has for en-mk;"):
+        summarise(experiment, changed, samples=20)
+    del changed["en-mk"]
+    with pytest.raises(DataError, match="than the data has for en-mk;"):
+        summarise(experiment, changed, samples=20)
