@@ -63,7 +63,10 @@ def stopping(validate_and_save: Any) -> Any:
     """Wrap fairseq's function of that name, which runs after every update: save and leave when a signal came."""
 
     def wrapped(cfg: Any, trainer: Any, task: Any, epoch_itr: Any, *args: Any, **kwargs: Any) -> Any:
-        if not stopper.agreed():
+        asked = stopper.agreed()
+        # Where training learns from each validation, one that is due comes before the end: a resumed run does not
+        # make up for it.
+        if not asked or getattr(task, "learns_from_validation", False):
             try:
                 result = validate_and_save(cfg, trainer, task, epoch_itr, *args, **kwargs)
             except StopRequested:
@@ -71,7 +74,7 @@ def stopping(validate_and_save: Any) -> Any:
             else:
                 if result[1] or not stopper.signal:
                     return result
-                if distributed():
+                if not asked and distributed():
                     return result  # the others learn of it after the next update
         checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
         last_save.check()

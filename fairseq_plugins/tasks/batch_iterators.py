@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,8 +11,9 @@ from fairseq.data.iterators import CountingIterator, EpochBatchIterating
 from numpy.typing import NDArray
 
 from fairseq_plugins.tasks.parallel_dataset import ParallelDataset
+from mtmoe.training.auto_curriculum import AutoCurriculum
 from mtmoe.training.curriculum import Schedule
-from mtmoe.training.sampling import draw_sentences, epoch_quotas
+from mtmoe.training.sampling import draw_sentences, effective_epochs, epoch_quotas
 
 logger = logging.getLogger(__name__)
 
@@ -80,14 +81,15 @@ class FixedBatches(EpochBatchIterating):
 
 
 class TrainingEpochs(EpochBatchIterating):
-    """Epochs of training batches; each is a pure function of (seed, epoch, first update of the epoch).
+    """Epochs of training batches; each is a pure function of (seed, epoch, first update, active directions).
 
     An epoch holds sentences of the directions that are active at its first update, in the proportions of temperature
     sampling, in batches that mix directions, in random order. It ends where the next phase of the curriculum begins.
+    `redraw` replaces what is left of it when the active directions have changed in between.
 
     Args:
         dataset: all training directions.
-        schedule: first update of each direction.
+        schedule: which directions are active.
         usable: (pairs,) bool: which sentences the model can take.
         temperature: of sampling over directions.
         epoch_size: sentences of an epoch; 0 = as many as the active directions have.
@@ -98,12 +100,13 @@ class TrainingEpochs(EpochBatchIterating):
         shard_id: which of them this is.
         progress: the task, whose counters are saved with the iterator.
         limits: ``max_tokens``, ``max_sentences`` and ``multiple`` of a batch.
+        seen: direction -> sentences that were trained on before; what `seen` of the last epoch's iterator gave.
     """
 
     def __init__(
         self,
         dataset: ParallelDataset,
-        schedule: Schedule,
+        schedule: Schedule | AutoCurriculum,
         usable: NDArray[np.bool_],
         *,
         temperature: float,
@@ -115,6 +118,7 @@ class TrainingEpochs(EpochBatchIterating):
         shard_id: int,
         progress: Progress,
         limits: dict[str, Any],
+        seen: Mapping[str, int] | None = None,
     ) -> None:
         self.dataset, self.schedule, self.progress, self.limits = dataset, schedule, progress, limits
         self.temperature, self.epoch_size, self.seed = temperature, epoch_size, seed
@@ -125,6 +129,14 @@ class TrainingEpochs(EpochBatchIterating):
             for i, name in enumerate(dataset.names)
         }
         self.first_update = progress.progress()["num_updates"]
+        self._seen = {name: (seen or {}).get(name, 0) for name in dataset.names}
+        """Direction -> sentences before the batches of `_drawn`."""
+        self._drawn: list[Batch] = []
+        """Batches of all processes, from `_first_batch` on."""
+        self._mine: list[Batch] = []
+        """Those of this process."""
+        self._first_batch = 0
+        """Batches that this process had taken from the epoch when the rest was drawn anew."""
         self._current: CountingIterator | None = None
         self._restored: CountingIterator | None = None
 
@@ -156,8 +168,9 @@ class TrainingEpochs(EpochBatchIterating):
         if self._restored is not None:
             self._current, self._restored = self._restored, None
         else:
+            self._seen, self._first_batch = self.seen(), 0
             self.first_update = self.progress.progress()["num_updates"]
-            self._current = self._start(0)
+            self._current = self._start(self._batches(), 0)
         return self._current
 
     def end_of_epoch(self) -> bool:
@@ -167,25 +180,40 @@ class TrainingEpochs(EpochBatchIterating):
     def state_dict(self) -> dict[str, Any]:
         """Where training stands: enough to go on with the very next batch."""
         ended = self.end_of_epoch()
-        return {
+        state = {
             "version": 2,
             "epoch": self.epoch + 1 if ended else self.epoch,
             "iterations_in_epoch": 0 if ended else self.iterations_in_epoch,
             "shuffle": True,
             "first_update": self.first_update,
+            "first_batch": 0 if ended else self._first_batch,
+            "total": len(self),
             "num_shards": self.num_shards,
+            "seen": self.seen() if ended else dict(self._seen),
             "progress": self.progress.progress(),
         }
+        if isinstance(self.schedule, AutoCurriculum):
+            state["curriculum"] = self.schedule.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Stand where `state_dict` was taken; another number of processes takes the same batches from there."""
         self.epoch = state_dict["epoch"]
         self.progress.restore(state_dict["progress"])
-        done = state_dict["iterations_in_epoch"] * state_dict.get("num_shards", 1) // self.num_shards
+        if isinstance(self.schedule, AutoCurriculum) and "curriculum" in state_dict:
+            self.schedule.load_state_dict(state_dict["curriculum"])
+        self._seen |= {name: count for name, count in state_dict.get("seen", {}).items() if name in self._seen}
+
+        def mine(batches: int) -> int:
+            return batches * state_dict.get("num_shards", 1) // self.num_shards
+
+        done = mine(state_dict["iterations_in_epoch"])
         self._current = self._restored = None
         if done > 0:
             self.first_update = state_dict["first_update"]
-            self._restored = self._start(done)
+            self._first_batch = mine(state_dict.get("first_batch", 0))
+            wanted = mine(state_dict["total"]) - self._first_batch if self._first_batch else 0
+            self._restored = self._start(self._batches(wanted), done)
             if not self._restored.has_next():  # other limits have made the epoch shorter than what was done of it
                 self._restored, self.epoch = None, self.epoch + 1
 
@@ -194,13 +222,53 @@ class TrainingEpochs(EpochBatchIterating):
         sizes = {name: len(self.pool[name]) for name in self.schedule.active(self.first_update)}
         return epoch_quotas(sizes, self.temperature, self.epoch_size)
 
-    def _start(self, offset: int) -> CountingIterator:
-        batches = _shard(self._batches(), self.num_shards, self.shard_id)
-        return CountingIterator(_collated(self.dataset, batches[offset:]), start=offset, total=len(batches))
+    def seen(self) -> dict[str, int]:
+        """Direction -> sentences of it that have been trained on, since the start of the run."""
+        taken = self._drawn[: max(self.iterations_in_epoch - self._first_batch, 0) * self.num_shards]
+        counts = np.bincount(self.dataset.direction[np.concatenate(taken)]) if taken else ()
+        added = dict(zip(self.dataset.names, map(int, counts), strict=False))
+        return {name: count + added.get(name, 0) for name, count in self._seen.items()}
 
-    def _batches(self) -> list[Batch]:
-        """All batches of the epoch, of all processes, in the order of training."""
+    def effective_epochs(self) -> dict[str, float]:
+        """Direction -> how often the average sentence of it that the model can take has been trained on."""
+        return effective_epochs({name: len(pool) for name, pool in self.pool.items()}, self.seen())
+
+    def redraw(self) -> None:
+        """Draw what is left of the epoch anew, since other directions are active now; its length stays."""
+        if self._current is None or self.end_of_epoch():
+            return  # the next epoch draws them
+        done, total = self._current.n, self._current.total
+        self._seen, self._first_batch = self.seen(), done
+        self.first_update = self.progress.progress()["num_updates"]
+        self._draw(self._batches(total - done))
+
+    def _start(self, batches: list[Batch], offset: int) -> CountingIterator:
+        """Go through `batches`, which follow the first `_first_batch` of the epoch, from batch `offset` of it on."""
+        self._draw(batches)
+        return CountingIterator(self._collated(offset), start=offset, total=self._first_batch + len(self._mine))
+
+    def _draw(self, batches: list[Batch]) -> None:
+        self._drawn, self._mine = batches, _shard(batches, self.num_shards, self.shard_id)
+
+    def _collated(self, position: int) -> Iterator[dict[str, Any]]:
+        """Batches from `position` on, as long as they are asked for; what is ahead may be drawn anew meanwhile."""
+        while True:
+            yield self.dataset.collater(self._mine[position - self._first_batch])
+            position += 1
+
+    def _batches(self, wanted: int = 0) -> list[Batch]:
+        """Batches of all processes, in the order of training.
+
+        Args:
+            wanted: of each process; 0 = an epoch, up to the next phase.
+        """
         generator = np.random.default_rng([self.seed, self.epoch, self.first_update])
+        batches = self._draw_epoch(generator)
+        while len(batches) < wanted * self.num_shards:
+            batches += self._draw_epoch(generator)
+        return batches[: wanted * self.num_shards] if wanted else batches
+
+    def _draw_epoch(self, generator: np.random.Generator) -> list[Batch]:
         drawn = [
             self.pool[name][draw_sentences(len(self.pool[name]), quota, generator)]
             for name, quota in self.drawn().items()

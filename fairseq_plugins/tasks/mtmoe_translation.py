@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,6 +14,7 @@ from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.logging import metrics
 from fairseq.tasks import FairseqTask, register_task
+from numpy.typing import NDArray
 from omegaconf import II, MISSING
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from fairseq_plugins.tasks.validation import TRAIN_SAMPLE, check_metric, log_mea
 from fairseq_plugins.update_guard import UpdateGuard
 from mtmoe.errors import ConfigError, DataError, UnknownLanguage
 from mtmoe.training import curriculum
+from mtmoe.training.auto_curriculum import AutoCurriculum
 from mtmoe.training.sampling import keyed_uniform
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,8 @@ class MtmoeTranslationConfig(FairseqDataclass):
         default=1.0, metadata={"help": "sample directions in proportion to n^(1/T); 1 = as they are, larger = flatter"}
     )
     curriculum_file: Optional[str] = field(  # noqa: UP045
-        default=None, metadata={"help": "YAML file of phases: directions that join training late"}
+        default=None,
+        metadata={"help": "YAML file of phases: directions that join training late; auto: training decides"},
     )
     virtual_epoch_size: int = field(
         default=0, metadata={"help": "sentence pairs in an epoch (0 = as many as the active directions have)"}
@@ -114,6 +117,7 @@ class MtmoeTranslationTask(FairseqTask):
         self.num_updates = 0
         self.epochs: TrainingEpochs | None = None
         self._micro_batch = (-1, 0)
+        self._validated = 0
         self._sides: dict[Path, Side] = {}
 
     @classmethod
@@ -264,21 +268,32 @@ class MtmoeTranslationTask(FairseqTask):
             indices = np.flatnonzero(~too_long)
             batches = dataset.batches(indices, max_tokens, max_sentences, required_batch_size_multiple)
             return FixedBatches(dataset, batches, num_shards, shard_id)
-        phases = curriculum.load(self.cfg.curriculum_file) if self.cfg.curriculum_file else []
-        schedule = curriculum.resolve(phases, dataset.names, self.cfg.max_update)
-        for boundary in schedule.boundaries[1:]:
-            joining = [name for name, start in schedule.starts.items() if start == boundary]
-            logger.info("curriculum: from update %d also %s", boundary, ", ".join(joining))
+        before = self.epochs  # fairseq asks for an iterator at each epoch
         self.epochs = TrainingEpochs(
-            dataset, schedule, ~too_long,
+            dataset, before.schedule if before is not None else self._schedule(dataset, ~too_long), ~too_long,
             temperature=self.cfg.sampling_temperature, epoch_size=self.cfg.virtual_epoch_size,
             seed=self.cfg.seed, epoch=epoch, update_freq=self.cfg.update_freq,
             num_shards=num_shards, shard_id=shard_id, progress=self,
             limits={
                 "max_tokens": max_tokens, "max_sentences": max_sentences, "multiple": required_batch_size_multiple,
             },
+            seen=before.seen() if before is not None else None,
         )  # fmt: skip
         return self.epochs
+
+    def _schedule(
+        self, dataset: ParallelDataset, usable: NDArray[np.bool_]
+    ) -> curriculum.Schedule | AutoCurriculum:
+        if self.learns_from_validation:
+            counts = np.bincount(dataset.direction[usable], minlength=len(dataset.names)).tolist()
+            sizes = dict(zip(dataset.names, counts, strict=True))
+            return AutoCurriculum(sizes, self.cfg.sampling_temperature, self.cfg.max_update)
+        phases = curriculum.load(self.cfg.curriculum_file) if self.cfg.curriculum_file else []
+        schedule = curriculum.resolve(phases, dataset.names, self.cfg.max_update)
+        for boundary in schedule.boundaries[1:]:
+            joining = [name for name, start in schedule.starts.items() if start == boundary]
+            logger.info("curriculum: from update %d also %s", boundary, ", ".join(joining))
+        return schedule
 
     # Progress that a checkpoint keeps with the iterator
 
@@ -330,12 +345,37 @@ class MtmoeTranslationTask(FairseqTask):
 
     def valid_step(self, sample: dict, model: Any, criterion: Any) -> tuple[Tensor, Any, dict]:
         """Forward pass of a validation batch, under autocast."""
-        stopper.interrupt()
+        if not self.learns_from_validation:
+            stopper.interrupt()
         model.eval()
         if hasattr(criterion, "collect_routing"):
             criterion.collect_routing = False
         with torch.no_grad(), self._autocast(sample):
             return criterion(model, sample)
+
+    @property
+    def learns_from_validation(self) -> bool:
+        """Whether training depends on each validation, so that none may be left out."""
+        return self.cfg.curriculum_file == curriculum.AUTO
+
+    def begin_valid_epoch(self, epoch: int, model: Any) -> None:
+        """The first set that is scored now is the one to learn from."""
+        self._validated = 0
+
+    def post_validate(self, model: Any, stats: dict[str, Any], agg: Any) -> None:
+        """Log effective epochs with the first validation set, and let the curriculum auto learn from it."""
+        self._validated += 1
+        if self._validated > 1 or self.epochs is None:
+            return
+        epochs = self.epochs.effective_epochs()
+        stats |= {f"epochs_{name}": round(value, 3) for name, value in epochs.items()}
+        if isinstance(self.epochs.schedule, AutoCurriculum):
+            losses = {name: stats[f"nll_loss_{name}"] for name in epochs if f"nll_loss_{name}" in stats}
+            decisions = self.epochs.schedule.validated(self.num_updates, losses, epochs)
+            for decision in decisions:
+                logging.getLogger("curriculum").info(json.dumps({"num_updates": self.num_updates, **asdict(decision)}))
+            if any(decision.action != "move" for decision in decisions):
+                self.epochs.redraw()
 
     def reduce_metrics(self, logging_outputs: list[dict], criterion: Any) -> None:
         """Log speed, size and losses; the loss of a skipped update stays out of the averages."""

@@ -81,7 +81,8 @@ def parse_metrics(line: str) -> dict[str, Any] | None:
 
     Returns:
         ``kind`` ("train_inner" at each log interval, "train" at the end of an epoch, "valid" or the name of another
-        subset) and the metrics as numbers, without the prefix that fairseq gives them.
+        subset, "curriculum" for what the curriculum auto decides) and the metrics as numbers, without the prefix that
+        fairseq gives them.
     """
     parts = line.split(" | ", 3)
     if len(parts) != 4 or not parts[3].startswith("{"):
@@ -111,6 +112,10 @@ def _number(value: Any) -> Any:
 
 def _summary(record: Mapping[str, Any]) -> str:
     kind = record["kind"]
+    if kind == "curriculum":
+        until = f" until update {record['starts']}" if record["action"] in ("wait", "move") else ""
+        what = f"{record['direction']}: {record['action']}{until}"
+        return f"update {record['num_updates']:>6}  curriculum  {what}; {record['reason']}"
     if kind == "train_inner":
         rates = f"{record.get('ups', 0):g} updates/s, {record.get('wps', 0):,.0f} words/s"
         return f"update {record['num_updates']:>6}  loss {record['loss']:.3f}  lr {record.get('lr', 0):.2e}  {rates}"

@@ -193,6 +193,80 @@ def test_epochs_end_where_a_phase_begins(loaded):
     assert any("en-fr" in sets[update] for update in range(7, 20))
 
 
+class Phases:
+    """A schedule whose active directions a test sets."""
+
+    def __init__(self, names):
+        self.names = names
+
+    def active(self, update):
+        return tuple(self.names)
+
+    def next_boundary(self, update):
+        return None
+
+
+def ids_of(samples):
+    return [sample["id"].tolist() if sample else [] for sample in samples]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_rest_of_an_epoch_is_drawn_anew(loaded, shards):
+    names = loaded.directions
+
+    def make(shard, counter, active):
+        epochs = make_epochs(loaded, counter, shards=shards, shard=shard)
+        epochs.schedule = Phases(active)
+        return epochs
+
+    counters = [Counter() for _ in range(shards)]
+    parts = [make(i, counter, names) for i, counter in enumerate(counters)]
+    iterators = [part.next_epoch_itr() for part in parts]
+    length = len(iterators[0])
+    before = [ids_of([next(iterator) for _ in range(4)]) for iterator in iterators]
+    for part, counter in zip(parts, counters, strict=True):
+        counter.updates = 4
+        part.schedule.names = names[:2]
+        part.redraw()
+    one = [ids_of([next(iterator)])[0] for iterator in iterators]
+    for counter in counters:
+        counter.updates = 5
+    state = json.loads(json.dumps(parts[0].state_dict()))
+    rest = [ids_of(iterator) for iterator in iterators]
+    assert [4 + 1 + len(part) for part in rest] == [length] * shards
+    numbers = loaded.dataset("train").direction
+    assert {int(numbers[i]) for part in before for batch in part for i in batch} == {0, 1, 2, 3}
+    assert {int(numbers[i]) for part in (*rest, one) for batch in part for i in np.atleast_1d(batch)} == {0, 1}
+
+    counts = np.bincount(numbers[[i for part in before for batch in part for i in batch]], minlength=4)
+    counts += np.bincount(numbers[[i for batch in one for i in batch]], minlength=4)
+    seen_then = dict(zip(names, counts.tolist(), strict=True))
+    for shard in range(shards):
+        resumed = make(shard, Counter(), names[:2])
+        resumed.load_state_dict(state)
+        assert resumed.seen() == seen_then
+        assert ids_of(resumed.next_epoch_itr()) == rest[shard]
+        assert resumed.seen() == parts[0].seen()
+    # The next epoch counts on.
+    parts[0].next_epoch_itr()
+    following = make_epochs(loaded, counters[0], shards=shards)
+    following._seen |= parts[0].seen()
+    assert following.seen() == resumed.seen()
+
+
+def test_effective_epochs_count_what_was_taken(loaded):
+    epochs = make_epochs(loaded, Counter())
+    assert set(epochs.effective_epochs().values()) == {0.0}
+    for _ in epochs.next_epoch_itr():
+        pass
+    assert set(epochs.effective_epochs().values()) == {1.0}
+    assert epochs.state_dict()["seen"] == epochs.seen() == loaded.dataset("train").sizes_by_direction()
+    iterator = epochs.next_epoch_itr()
+    taken = [next(iterator)["direction"] for _ in range(3)]
+    assert sum(epochs.seen().values()) == 720 + sum(map(len, taken))
+    assert epochs.state_dict()["seen"]["de-en"] == 300  # a resumed run counts the begun epoch's batches again
+
+
 def test_temperature_changes_the_quotas(loaded):
     epochs = make_epochs(loaded, Counter(), temperature=1e6, epoch_size=400)
     assert epochs.drawn() == dict.fromkeys(loaded.directions, 100)
