@@ -135,6 +135,8 @@ class TrainingEpochs(EpochBatchIterating):
         """Batches of all processes, from `_first_batch` on."""
         self._mine: list[Batch] = []
         """Those of this process."""
+        self.passes: dict[str, float] = {}
+        """Direction -> effective epochs in the middle of the batches of `_drawn`; the same for a resumed run."""
         self._first_batch = 0
         """Batches that this process had taken from the epoch when the rest was drawn anew."""
         self._current: CountingIterator | None = None
@@ -249,6 +251,9 @@ class TrainingEpochs(EpochBatchIterating):
 
     def _draw(self, batches: list[Batch]) -> None:
         self._drawn, self._mine = batches, _shard(batches, self.num_shards, self.shard_id)
+        counts = np.bincount(self.dataset.direction[np.concatenate(batches)], minlength=len(self.dataset.names))
+        middle = {name: self._seen[name] + counts[i] / 2 for i, name in enumerate(self.dataset.names)}
+        self.passes = effective_epochs({name: len(pool) for name, pool in self.pool.items()}, middle)
 
     def _collated(self, position: int) -> Iterator[dict[str, Any]]:
         """Batches from `position` on, as long as they are asked for; what is ahead may be drawn anew meanwhile."""

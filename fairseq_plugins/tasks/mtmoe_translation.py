@@ -21,6 +21,7 @@ from torch import Tensor
 from fairseq_plugins.stopping import stopper
 from fairseq_plugins.tasks.batch_iterators import FixedBatches, TrainingEpochs
 from fairseq_plugins.tasks.parallel_dataset import Direction, ParallelDataset, Side, read_side
+from fairseq_plugins.tasks.token_dropout import TokenDropout
 from fairseq_plugins.tasks.validation import TRAIN_SAMPLE, check_metric, log_means, read_groups
 from fairseq_plugins.update_guard import UpdateGuard
 from mtmoe.errors import ConfigError, DataError, UnknownLanguage
@@ -77,6 +78,18 @@ class MtmoeTranslationConfig(FairseqDataclass):
     identity_floor: float = field(
         default=0.0, metadata={"help": "least probability that a training batch copies its target"}
     )
+    source_token_dropout: float = field(
+        default=0.0, metadata={"help": "probability that training reads a source word as unknown"}
+    )
+    target_token_dropout: float = field(
+        default=0.0, metadata={"help": "probability that training reads a word of the target so far as unknown"}
+    )
+    token_dropout_passes: float = field(
+        default=0.0,
+        metadata={
+            "help": "scale both rates by 1 - exp(-passes / this), passes over the text of each direction; 0 = do not"
+        },
+    )
     max_nonfinite_updates: int = field(
         default=20, metadata={"help": "training has diverged after that many skipped updates in a row (0 = never)"}
     )
@@ -116,6 +129,7 @@ class MtmoeTranslationTask(FairseqTask):
         self.guard = UpdateGuard(cfg.max_nonfinite_updates, cfg.spike_factor)
         self.num_updates = 0
         self.epochs: TrainingEpochs | None = None
+        self.tokens = TokenDropout.from_config(cfg, dictionary, self.directions)
         self._micro_batch = (-1, 0)
         self._validated = 0
         self._sides: dict[Path, Side] = {}
@@ -331,6 +345,9 @@ class MtmoeTranslationTask(FairseqTask):
             criterion.collect_routing = (update_num + 1) % self.cfg.log_interval == 0
         if self._copies(update_num, micro):
             sample = identity_sample(sample, self.dictionary.pad(), self.cfg.max_source_positions)
+        if self.tokens is not None and self.epochs is not None:
+            key = (self.cfg.seed, update_num, micro, self.epochs.shard_id)
+            sample = self.tokens.drop(sample, self.epochs.passes, key)
         with self._autocast(sample):
             loss, sample_size, logging_output = criterion(model, sample)
         if ignore_grad:

@@ -83,6 +83,8 @@ def execute(run: Run, report: Callable[[str], None] = print) -> None:
         for split in SPLITS:
             report(f"{run.name}: translating {split}")
             translate_split(run, model, split)
+        if preset.options.get("moe-freq"):
+            save_routing(run, model)
         found = result(run, model)
     write_json(run.result, found | {"total_seconds": read_json(run.folder / SECONDS, "time spent")["seconds"]})
     report(f"{run.name}: wrote {run.result}")
@@ -194,22 +196,24 @@ def result(run: Run, model: Path) -> dict[str, Any]:
         "valid": curves(records, "valid"),
         "train_sample": curves(records, "train_sample"),
         "dropped_share": statistics.fmean(record.get("overflow", 0.0) for record in inner),
-        "routing": routing(run, model) if run.preset(None).options.get("moe-freq") else None,
         "valid_scores": scores(run, "valid"),
         "test_scores": None,
     }
 
 
-def routing(run: Run, model: Path) -> dict[str, Any]:
-    """What the gates choose on validation text; see `mtmoe.routing_table.RoutingTable`."""
+def save_routing(run: Run, model: Path) -> None:
+    """Keep what the gates choose on validation text; see `mtmoe.routing_table.RoutingTable`."""
     from mtmoe.inference import Translator
     from mtmoe.inference.routing import collect_routing
 
+    path = run.experiment.results / "routing" / f"{run.name}.json"
+    if path.is_file():
+        return
     data = PreparedData(run.experiment.data)
     directions = data.choose_directions(None, "valid")
     sets = (data.read(direction, "valid") for direction in directions)
     texts = ((one.direction, one.sources, one.references) for one in sets)
-    return collect_routing(Translator.load(model), texts, directions, model=run.name).to_json()
+    collect_routing(Translator.load(model), texts, directions, model=run.name).save(path)
 
 
 def score_test(run: Run) -> None:

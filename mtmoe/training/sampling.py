@@ -57,7 +57,7 @@ def epoch_quotas(sizes: Mapping[str, int], temperature: float, epoch_size: int =
     return quotas
 
 
-def effective_epochs(sizes: Mapping[str, int], drawn: Mapping[str, int]) -> dict[str, float]:
+def effective_epochs(sizes: Mapping[str, int], drawn: Mapping[str, float]) -> dict[str, float]:
     """How often the average sentence of each direction has been seen: ``drawn / size``; 0 for an empty direction."""
     return {name: drawn.get(name, 0) / size if size else 0.0 for name, size in sizes.items()}
 

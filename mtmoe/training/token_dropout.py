@@ -13,22 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def rate_by_passes(rate: float, passes: float, scale: float) -> float:
-    """The rate of a direction that has been seen `passes` times: ``rate * (1 - exp(-passes / scale))``.
+def share_by_passes(passes: float, scale: float) -> float:
+    """The share of the full rate for a direction that has been seen `passes` times: ``1 - exp(-passes / scale)``.
 
     Args:
-        rate: what it tends to.
         passes: how often the average sentence of the direction has been trained on.
-        scale: passes after which 63 % of the rate is reached; 0 = the full rate from the start.
+        scale: passes after which the share is 63 %; 0 = always 1.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is negative.
     """
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(f"token dropout of {rate} must be at least 0 and below 1")
     if passes < 0.0 or scale < 0.0:
-        raise ValueError(f"passes={passes} and scale={scale} must not be negative")
-    return rate if scale == 0.0 else float(rate * -np.expm1(-passes / scale))
+        raise ValueError(f"passes={passes:g} and scale={scale:g} must not be negative")
+    return 1.0 if scale == 0.0 else float(-np.expm1(-passes / scale))
 
 
 def drop_tokens(

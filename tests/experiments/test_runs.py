@@ -87,7 +87,7 @@ def test_an_experiment_survives_a_stop_and_is_scored_once(experiment):
     assert set(moe["valid"][0]["nll_loss"]) == set(moe["bucket"]) == set(moe["valid_scores"])
     assert [point["update"] for point in moe["train_sample"]] == [100, 200, 300]
     assert moe["test_scores"] is None
-    table = RoutingTable.from_json(moe["routing"])
+    table = RoutingTable.load(folder / "results" / "routing" / "moe.seed1.json")
     assert set(table.rows) == set(moe["bucket"])
     assert moe["total_seconds"] > 0
     assert late["settings"]["curriculum"] != moe["settings"]["curriculum"]

@@ -57,11 +57,16 @@ METHODS = {
     "cluster variance, type 2": "expert-clusters=4 cluster-variance-type=2 cluster-variance-loss-weight=10",
     "cluster dropout": "expert-clusters=4 cluster-expert-dropout=0.5 cluster-expert-dropout-interval=2",
     "Switch expert dropout": "moe-dropout=0.4 top-k=1 normalize-weights=none",
+    "token dropout": "source-token-dropout=0.2 target-token-dropout=0.1",
+    "token dropout by passes": "source-token-dropout=0.2 target-token-dropout=0.1 token-dropout-passes=1 "
+    "virtual-epoch-size=60",
     "temperature 1": "sampling-temperature=1",
     "temperature 1.5": "sampling-temperature=1.5",
     "temperature 5": "sampling-temperature=5",
 }
 SAME_AS = {"temperature 1": "MoE"}  # the default
+STOPPED = ("MoEC", "token dropout by passes")
+"""Methods that keep something between updates: their runs are also stopped after 4 updates, and gone on with."""
 
 # All runs in one process: loading torch and fairseq takes longer than a run.
 PROGRAM = """
@@ -90,8 +95,10 @@ def runs(fairseq, toy_data, tmp_path_factory):
 
     # The name of a checkpoint's folder, then its command.
     commands = [(name, ["fairseq-train", *command(name, name)]) for name in METHODS]
-    for name, updates in (("stopped", 4), ("resumed", 7)):
-        commands.append((name, ["fairseq-train", *command("MoEC", "broken", f"max-update={updates}")]))
+    for method in STOPPED:
+        for name, updates in (("stopped", 4), ("resumed", 7)):
+            words = command(method, f"{method}, broken", f"max-update={updates}")
+            commands.append((f"{method}, {name}", ["fairseq-train", *words]))
     done = fairseq.run([sys.executable, "-c", PROGRAM], input=json.dumps(commands))
     printed = dict(part.split("\n", 1) for part in done.stdout.split("\n=== ")[1:])
     return {name: (folder / name, printed[name]) for name, _ in commands}
@@ -131,9 +138,23 @@ def test_no_method_trains_as_another_does(fairseq, runs):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_of_moec_equals_an_unbroken_one(fairseq, runs):
-    """Survivors are redrawn after 3 and 6 updates; the run is stopped between, after 4."""
-    expected = fairseq.losses(runs["MoEC"][1])
-    stopped, resumed = fairseq.losses(runs["stopped"][1]), fairseq.losses(runs["resumed"][1])
+@pytest.mark.parametrize("method", STOPPED)
+def test_a_resumed_run_equals_an_unbroken_one(fairseq, runs, method):
+    """MoEC redraws its survivors after 3 and 6 updates, passes change with each epoch of 3; the stop is after 4."""
+    expected = fairseq.losses(runs[method][1])
+    stopped, resumed = (fairseq.losses(runs[f"{method}, {name}"][1]) for name in ("stopped", "resumed"))
     assert (sorted(stopped), sorted(resumed)) == ([1, 2, 3, 4], [5, 6, 7])
     assert stopped | resumed == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("source-token-dropout=1", "--source-token-dropout 1.0 must be at least 0 and below 1"),
+        ("target-token-dropout=0.1 token-dropout-passes=-1", "--token-dropout-passes -1.0 must not be negative"),
+    ],
+)
+def test_wrong_rates_of_token_dropout_are_named(fairseq, toy_data, tmp_path, options, message):
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(PRESET.format(data=toy_data, output=tmp_path / "run"))
+    assert message in fairseq.run(build_command(load_config(preset, options.split())), check=False).stderr

@@ -429,3 +429,43 @@ def test_adamw_scales_and_clips_as_torch_does(clip):
         torch.testing.assert_close(norm, expected)
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+
+def test_token_dropout_follows_the_passes_over_each_direction(toy_data):
+    task = make_task(toy_data, source_token_dropout=0.5, target_token_dropout=0.3, token_dropout_passes=2.0)
+    task.load_dataset("train")
+    sample = task.dataset("train").collater(np.arange(720))
+    before = copy.deepcopy(sample)
+    passes = {"de-en": 0.0, "en-de": 2.0, "en-fr": 1e6}  # nothing is known of fr-en: it counts as not seen
+    dropped = task.tokens.drop(sample, passes, (1, 2, 0, 0))
+    assert all(torch.equal(sample["net_input"][name], before["net_input"][name]) for name in before["net_input"])
+    assert torch.equal(dropped["target"], sample["target"])
+    shares = {"de-en": 0.0, "en-de": 1 - math.exp(-1), "en-fr": 1.0, "fr-en": 0.0}
+    for name, rate in (("src_tokens", 0.5), ("prev_output_tokens", 0.3)):
+        old, new = sample["net_input"][name], dropped["net_input"][name]
+        changed = old != new
+        words = (old != PAD) & (old != EOS)
+        words[:, 0] = False
+        assert (new[changed] == task.dictionary.unk()).all()
+        assert not changed[~words].any()
+        for number, direction in enumerate(task.directions):
+            mine = words & (sample["direction"] == number)[:, None]
+            expected, count = rate * shares[direction], int(mine.sum())
+            spread = 4 * math.sqrt(expected * (1 - expected) / count)
+            assert abs(changed[mine].float().mean().item() - expected) <= spread, (name, direction)
+    again = task.tokens.drop(sample, passes, (1, 2, 0, 0))
+    assert torch.equal(again["net_input"]["src_tokens"], dropped["net_input"]["src_tokens"])
+    assert task.tokens.drop({}, passes, (1, 2, 0, 0)) == {}
+    assert make_task(toy_data).tokens is None
+
+
+def test_passes_are_those_in_the_middle_of_an_epoch(loaded):
+    counter = Counter()
+    epochs = make_epochs(loaded, counter)
+    wanted = []
+    for _ in range(2):
+        list(epochs.next_epoch_itr())
+        wanted.append(dict(epochs.passes))
+    assert set(wanted[0].values()) == {0.5}  # an epoch holds each sentence once
+    assert set(wanted[1].values()) == {1.5}
