@@ -18,6 +18,7 @@ from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
 from fairseq_plugins import checkpoints
+from fairseq_plugins.restarting import restart_at_phases
 from fairseq_plugins.rollback import recovering
 from fairseq_plugins.stopping import stopping
 from fairseq_plugins.tasks.validation import TRAIN_SAMPLE
@@ -34,6 +35,7 @@ def repair() -> None:
         save_atomically()
         stop_and_recover()
         score_train_sample()
+        restart_at_phases()
         start_without_gpu()
         seed_without_gpu()
         read_options_fast()

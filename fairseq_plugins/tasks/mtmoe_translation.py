@@ -56,6 +56,10 @@ class MtmoeTranslationConfig(FairseqDataclass):
         default=None,
         metadata={"help": "YAML file of phases: directions that join training late; auto: training decides"},
     )
+    curriculum_restart: ChoiceEnum(["none", "warmup"]) = field(  # type: ignore[valid-type]
+        default="none",
+        metadata={"help": "where a phase begins: go on, or begin anew with moments and learning rate (warmup)"},
+    )
     virtual_epoch_size: int = field(
         default=0, metadata={"help": "sentence pairs in an epoch (0 = as many as the active directions have)"}
     )
@@ -299,6 +303,8 @@ class MtmoeTranslationTask(FairseqTask):
         self, dataset: ParallelDataset, usable: NDArray[np.bool_]
     ) -> curriculum.Schedule | AutoCurriculum:
         if self.learns_from_validation:
+            if self.cfg.curriculum_restart != "none":
+                raise ConfigError("--curriculum-restart is for phases; the curriculum auto has none")
             counts = np.bincount(dataset.direction[usable], minlength=len(dataset.names)).tolist()
             sizes = dict(zip(dataset.names, counts, strict=True))
             return AutoCurriculum(sizes, self.cfg.sampling_temperature, self.cfg.max_update)
@@ -369,6 +375,12 @@ class MtmoeTranslationTask(FairseqTask):
             criterion.collect_routing = False
         with torch.no_grad(), self._autocast(sample):
             return criterion(model, sample)
+
+    def restarted_at(self, update: int) -> int:
+        """Update at which optimiser and learning rate last began anew; 0 = never, or not yet."""
+        if self.cfg.curriculum_restart == "none" or self.epochs is None:
+            return 0
+        return max(boundary for boundary in (0, *self.epochs.schedule.boundaries) if boundary <= update)
 
     @property
     def learns_from_validation(self) -> bool:

@@ -184,6 +184,13 @@ class ExpertAdamW(torch.optim.Optimizer):
         for bank in self._banks:
             self._catch_up(bank)
 
+    def forget(self) -> None:
+        """Forget all moments, as before the first update; weights that wait for updates get them first."""
+        self.catch_up()
+        self.state.clear()
+        for bank in self._banks:
+            self._restore(bank)
+
     def share_used(self, reduce: Callable[[Tensor], object]) -> None:
         """Let all processes agree on the experts that may have a gradient, once gradients are summed.
 

@@ -105,6 +105,36 @@ def test_a_broken_run_decides_and_trains_as_an_unbroken_one(fairseq, words, unbr
     assert all(torch.equal(value, final[1][name]) for name, value in final[0].items())
 
 
+RESTART = shlex.split(
+    "--max-update 30 --total-num-update 30 --warmup-updates 4 --max-tokens 100 --required-batch-size-multiple 1 "
+    "--disable-validation --save-interval-updates 8 --keep-interval-updates 1 --curriculum-restart warmup"
+)
+
+
+def test_a_phase_may_begin_with_a_new_warmup(fairseq, toy_data, tmp_path):
+    phases = tmp_path / "curriculum.yaml"
+    phases.write_text("- {start: 12, languages: [fr]}\n")
+    command = fairseq.train_command(toy_data, tmp_path / "whole", *RESTART, "--curriculum-file", phases)
+    whole = fairseq.run(command).stdout
+    rates = {record["num_updates"]: record["lr"] for record in records(whole, "train_inner")}
+    peak = 0.003
+    # fairseq logs the rate of the next update: n after the start of n that warm up.
+    expected = {2: 2 / 4, 4: 1, 11: 1 - 7 / 26, 12: 0, 13: 1 / 4, 16: 1, 17: 1 - 1 / 14, 29: 1 - 13 / 14, 30: 0}
+    assert {update: rates[update] for update in expected} == pytest.approx(
+        {update: peak * share for update, share in expected.items()}, rel=1e-3, abs=1e-9
+    )
+    assert whole.count("optimiser and learning rate begin anew") == 1
+    ends = []
+    for stop in (["--max-epoch", "1"], ["--max-update", "19"], []):  # where the phase begins, and inside it
+        part = fairseq.run([*command, "--save-dir", str(tmp_path / "parts"), *stop]).stdout
+        losses = fairseq.losses(part)
+        ends.append(max(losses))
+        assert {update: fairseq.losses(whole)[update] for update in losses} == losses
+    assert ends == [12, 19, 30]
+    refused = [*command, "--save-dir", str(tmp_path / "auto"), "--curriculum-file", "auto"]
+    assert "the curriculum auto has none" in fairseq.run(refused, check=False).stderr
+
+
 def test_it_needs_an_end(fairseq, words, tmp_path):
     failed = fairseq.run([*words(tmp_path), "--max-update", "0", "--max-epoch", "1"], check=False)
     assert "the curriculum auto plans for the end of training; give --max-update" in failed.stderr

@@ -169,6 +169,23 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(backend, updates):
             assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value
 
 
+@pytest.mark.parametrize("updates", ["dense", "exact", "lazy"])
+def test_what_forgets_its_moments_begins_as_a_new_one(backend, updates):
+    batches, rates = random_run(80)
+    options = {"weight_decay": 0.01, "betas": (0.9, 0.98)}
+    bank = Bank(5, torch.float32)
+    optimizer = optimizer_for(bank, updates, **options)
+    train(bank, optimizer, batches[:50], rates[:50])
+    optimizer.forget()
+    fresh = Bank(5, torch.float32, seed=1)
+    fresh.load_state_dict(bank.state_dict())
+    assert not any(optimizer.state.values())
+    for each, its in ((bank, optimizer), (fresh, optimizer_for(fresh, updates, **options))):
+        train(each, its, batches[50:], rates[50:], first=50)
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(bank.state_dict()[name], value), name
+
+
 @pytest.mark.parametrize("before", ["eager", "dense", "exact"])
 @pytest.mark.parametrize("after", ["dense", "exact"])
 def test_a_checkpoint_goes_on_in_another_mode(backend, before, after):
