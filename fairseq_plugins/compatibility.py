@@ -32,6 +32,7 @@ def repair() -> None:
     if not _done:
         _done = True
         reload_checkpoints()
+        share_checkpoints()
         save_atomically()
         stop_and_recover()
         score_train_sample()
@@ -50,6 +51,21 @@ def reload_checkpoints() -> None:
     scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
     dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
     torch.serialization.add_safe_globals([argparse.Namespace, scalar, np.dtype, *dtypes])
+
+
+def share_checkpoints() -> None:
+    """Let several processes resume: the first sends them the checkpoint, options and all.
+
+    fairseq reads what arrives with ``torch.load``, which since torch 2.6 refuses its own options. What comes from
+    another process of the run is no file of strangers: torch's own function, which unpickles, will do.
+    """
+
+    def broadcast_object_slow(obj: Any, src_rank: int, group: Any, dist_device: torch.device) -> Any:
+        box = [obj]
+        torch.distributed.broadcast_object_list(box, src=src_rank, group=group, device=dist_device)
+        return box[0]
+
+    distributed_utils._broadcast_object_slow = broadcast_object_slow
 
 
 def save_atomically() -> None:

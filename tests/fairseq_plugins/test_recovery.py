@@ -20,6 +20,7 @@ import mtmoe.training.spikes
 
 mtmoe.training.spikes.WINDOW = 16
 
+import fairseq_plugins.models.mtmoe_transformer
 import fairseq_plugins.tasks.mtmoe_translation
 import torch
 from fairseq.criterions import register_criterion
@@ -48,7 +49,7 @@ class Eventful(MtmoeLabelSmoothedCrossEntropy):
 """
 OPTIONS = shlex.split(
     "--disable-validation --max-nonfinite-updates 3 --save-interval-updates 10 --keep-interval-updates 2 "
-    "--required-batch-size-multiple 1 --autocast bfloat16"
+    "--save-interval 100 --required-batch-size-multiple 1 --autocast bfloat16"
 )
 # Experts that many updates leave out: what their optimiser owes them must not reach the weights of a checkpoint.
 SPARSE = shlex.split(
