@@ -82,7 +82,8 @@ def environment(**changes: str) -> dict[str, str]:
 
 def run(words: list[str], check: bool = True, **kwargs) -> subprocess.CompletedProcess:
     variables = environment(**kwargs.pop("env", {}))
-    done = subprocess.run(words, capture_output=True, text=True, env=variables, timeout=120, **kwargs)
+    seconds = kwargs.pop("timeout", 120)
+    done = subprocess.run(words, capture_output=True, text=True, env=variables, timeout=seconds, **kwargs)
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
     return done

@@ -99,7 +99,7 @@ def runs(fairseq, toy_data, tmp_path_factory):
         for name, updates in (("stopped", 4), ("resumed", 7)):
             words = command(method, f"{method}, broken", f"max-update={updates}")
             commands.append((f"{method}, {name}", ["fairseq-train", *words]))
-    done = fairseq.run([sys.executable, "-c", PROGRAM], input=json.dumps(commands))
+    done = fairseq.run([sys.executable, "-c", PROGRAM], input=json.dumps(commands), timeout=280)
     printed = dict(part.split("\n", 1) for part in done.stdout.split("\n=== ")[1:])
     return {name: (folder / name, printed[name]) for name, _ in commands}
 
