@@ -14,6 +14,13 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+OPERATORS = (
+    "adamw_replay", "adamw_step", "attention", "attention_backward", "combine_backward", "cross_entropy",
+    "dropout", "grouped_linear_backward", "grouped_linear_forward", "layer_norm", "layer_norm_backward",
+    "residual_add", "residual_add_backward", "sum_choices", "sum_of_squares",
+)  # fmt: skip
+"""What the kernels are called: one that was compiled from older sources lacks some of them."""
+
 
 @functools.cache
 def available() -> bool:
@@ -33,6 +40,12 @@ def available() -> bool:
             files[0], compiled_for, torch.__version__,
         )  # fmt: skip
         return False
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.mtmoe, name)]
+    if missing:
+        logger.warning(
+            "%s was compiled from other sources, it lacks %s; install mtmoe again", files[0], ", ".join(missing)
+        )
+        return False
     return True
 
 
@@ -51,4 +64,4 @@ def why_not() -> str | None:
         return "this processor has no AVX-512 BF16, or this torch cannot tell"
     if not sorted(Path(__file__).parent.glob("_extension*.so")):
         return "they were not compiled: install a C++ compiler, then mtmoe again with --no-build-isolation"
-    return "they were compiled for another torch: install mtmoe again"
+    return "they were compiled for another torch or from other sources: install mtmoe again"
