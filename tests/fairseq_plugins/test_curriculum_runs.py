@@ -7,6 +7,7 @@ import subprocess
 import pytest
 import torch
 
+import fairseq_plugins  # noqa: F401 - checkpoints could not be read without its repairs
 from mtmoe.training.run_log import parse_metrics
 
 OPTIONS = shlex.split(
