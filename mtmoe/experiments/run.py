@@ -178,7 +178,7 @@ def result(run: Run, model: Path) -> dict[str, Any]:
         "config": run.configuration.name,
         "title": run.configuration.title,
         "seed": run.seed,
-        "command": described["command"],
+        "command": anywhere(described["command"]),
         "settings": described["config"],
         "model": header,
         "data_fingerprint": described["data_fingerprint"],
@@ -250,6 +250,16 @@ def scores(run: Run, split: str) -> dict[str, dict[str, float]]:
             figures = score(test_set.sources, record["hypotheses"], test_set.references, test_set.target)
             found[test_set.direction] = {"chrf++": figures.chrf, "bleu": figures.bleu}
     return found
+
+
+def anywhere(command: Sequence[str]) -> list[str]:
+    """The command without folders of the machine that ran it: program and plugins by their names."""
+    words = list(command)
+    words[0] = Path(words[0]).name
+    if "--user-dir" in words:
+        place = words.index("--user-dir") + 1
+        words[place] = Path(words[place]).name
+    return words
 
 
 def curves(records: Sequence[Mapping[str, Any]], kind: str) -> list[dict[str, Any]]:

@@ -90,6 +90,8 @@ def test_an_experiment_survives_a_stop_and_is_scored_once(experiment):
     table = RoutingTable.load(folder / "results" / "routing" / "moe.seed1.json")
     assert set(table.rows) == set(moe["bucket"])
     assert moe["total_seconds"] > 0
+    assert moe["command"][:1] == ["fairseq-train"]
+    assert moe["command"][moe["command"].index("--user-dir") + 1] == "fairseq_plugins"
     assert late["settings"]["curriculum"] != moe["settings"]["curriculum"]
     assert late["model"] == moe["model"]
 
