@@ -68,6 +68,8 @@ class Experiment:
     """Preset that all configurations start from: ``arch`` and ``options``."""
     configurations: tuple[Configuration, ...]
     """In the order in which they are run."""
+    checkpoint: str = "best"
+    """Model of a run that is scored: "best" by its best-checkpoint-metric, or "last"."""
     beam: int = 4
     """Beam of decoding."""
     length_penalty: float = 1.0
@@ -78,6 +80,10 @@ class Experiment:
     """Runs at a time."""
     minutes: float = MINUTES
     """A run's expected time, until a finished one tells it."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint not in ("best", "last"):
+            raise ValueError(f"checkpoint={self.checkpoint!r} must be one of: best, last")
 
     @property
     def data(self) -> Path:

@@ -128,8 +128,8 @@ def _convert(run: Run, model: Path) -> None:
     from mtmoe.checkpoint import open_model
     from mtmoe.checkpoint.folder import write_folder
 
-    best = run.folder / "checkpoints" / "checkpoint_best.pt"
-    write_folder(model, open_model(best, run.experiment.data))
+    checkpoint = run.folder / "checkpoints" / f"checkpoint_{run.experiment.checkpoint}.pt"
+    write_folder(model, open_model(checkpoint, run.experiment.data))
 
 
 def translate_split(run: Run, model: Path, split: str) -> Path:
@@ -186,6 +186,7 @@ def result(run: Run, model: Path) -> dict[str, Any]:
         "versions": described["versions"],
         "machine": described["machine"],
         "threads": run.experiment.threads,
+        "checkpoint": run.experiment.checkpoint,
         "updates": inner[-1]["num_updates"],
         "seconds": inner[-1]["train_wall"],
         "words_per_second": statistics.median(record["wps"] for record in inner),

@@ -69,6 +69,7 @@ def test_options_of_a_configuration_change_those_of_the_base(tmp_path):
     ("changes", "message"),
     [
         ({"speed": 1}, "unknown key speed; choose from: name, recipe"),
+        ({"checkpoint": "first"}, "checkpoint='first' must be one of: best, last"),
         ({"baseline": "mo"}, "configuration 'mo' is unknown; tiny has: moe, late, eom"),
         ({"configurations": {}}, "configurations must map names"),
         ({"configurations": {"moe": {"options": {}}}}, "configuration moe: title must be given"),

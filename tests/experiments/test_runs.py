@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
+from mtmoe.checkpoint.fairseq import read_fairseq_checkpoint
 from mtmoe.evaluation.metrics import score
 from mtmoe.evaluation.test_sets import PreparedData
 from mtmoe.routing_table import RoutingTable
@@ -39,7 +42,7 @@ def experiment(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experiment")
     document = {
         "name": "tiny", "recipe": str(ROOT / "data" / "sample.yaml"), "output": str(folder / "runs"),
-        "results": str(folder / "results"), "baseline": "moe", "seeds": [1], "jobs": 1,
+        "results": str(folder / "results"), "baseline": "moe", "seeds": [1], "jobs": 1, "checkpoint": "last",
         "beam": 1, "base": BASE,
         "configurations": {
             "moe": {"title": "MoE"},
@@ -94,6 +97,10 @@ def test_an_experiment_survives_a_stop_and_is_scored_once(experiment):
     assert moe["command"][moe["command"].index("--user-dir") + 1] == "fairseq_plugins"
     assert late["settings"]["curriculum"] != moe["settings"]["curriculum"]
     assert late["model"] == moe["model"]
+    last = read_fairseq_checkpoint(folder / "runs" / "moe" / "seed1" / "checkpoints" / "checkpoint_last.pt")
+    tensors = load_file(folder / "runs" / "moe" / "seed1" / "model" / "model.safetensors")
+    name = "encoder.layers.0.fc1.weight"
+    assert torch.equal(tensors[name], last.tensors[name])
 
     finish(experiment, "--test")
     scored = json.loads((folder / "results" / "runs" / "moe.seed1.json").read_text())["test_scores"]
