@@ -1,4 +1,4 @@
-"""Atomic file writing: a reader sees the old file or the whole new one, never half of it."""
+"""Atomic file writing: a reader sees the old file or the whole new one, never half of it; and reading of YAML."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from mtmoe.errors import ConfigError
 
 
 @contextmanager
@@ -40,6 +44,25 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(target.parent, os.O_RDONLY)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_yaml(path: str | os.PathLike[str], what: str = "") -> Any:
+    """Read a YAML file that a user wrote.
+
+    Args:
+        path: the file.
+        what: it is, for the text of an error.
+
+    Raises:
+        ConfigError: it cannot be read, or is no YAML.
+    """
+    name = f"{what} {path}".lstrip()
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name} is not valid YAML: {error}") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

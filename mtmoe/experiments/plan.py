@@ -9,9 +9,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mtmoe.errors import ConfigError
+from mtmoe.files import read_yaml
 from mtmoe.training.preset import TrainConfig
 
 MINUTES = 20.0
@@ -192,12 +191,7 @@ def load_experiment(path: str | os.PathLike[str]) -> Experiment:
     Raises:
         ConfigError: it cannot be read, a key is unknown or missing, or a value makes no sense.
     """
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    document = read_yaml(path)
     if not isinstance(document, dict):
         raise ConfigError(f"{path} must hold keys and values, such as name: low_resource")
     _check_keys(document, Experiment, str(path))

@@ -14,13 +14,13 @@ import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mtmoe.errors import ConfigError
 from mtmoe.evaluation.buckets import BUCKETS
+from mtmoe.files import read_yaml
 from mtmoe.training.curves import Verdict
 
 DEFAULT_SHARES = (1.0, 0.6, 0.4, 0.2)
@@ -84,12 +84,7 @@ def load(path: str | os.PathLike[str]) -> list[Phase]:
     Raises:
         ConfigError: the file is missing, is no YAML, or a phase is wrong; the text names file and phase.
     """
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"curriculum {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"curriculum {path} is not valid YAML: {error}") from error
+    document = read_yaml(path, "curriculum")
     if isinstance(document, dict) and set(document) == {"phases"}:
         document = document["phases"]
     if not isinstance(document, list) or not document:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from mtmoe.errors import ConfigError
+from mtmoe.files import read_yaml
 from mtmoe.training.curriculum import AUTO, load
 
 
@@ -71,12 +72,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises:
         ConfigError: the file cannot be read, a key is unknown, or a value makes no sense.
     """
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    document = read_yaml(path)
     if not isinstance(document, dict):
         raise ConfigError(f"{path} must hold keys and values, such as data: runs/demo/data")
     document["options"] = {str(key).replace("_", "-"): value for key, value in (document.get("options") or {}).items()}
@@ -108,7 +104,7 @@ def _phases(given: Any) -> Any:
     if not isinstance(given, str) or given == AUTO:
         return given
     load(given)  # a mistake is named now, not after the data has been loaded
-    document = yaml.safe_load(Path(given).read_text(encoding="utf-8"))
+    document = read_yaml(given, "curriculum")
     return document["phases"] if isinstance(document, dict) else document
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from reference.models import toy_config, toy_tensors
 
 from mtmoe.inference import Transformer
-from mtmoe.inference.model import number_positions, sinusoidal_positions
+from mtmoe.inference.positions import number_positions, sinusoidal_positions
 
 TOLERANCE = 2e-5  # fp32, logits of size 10
 
