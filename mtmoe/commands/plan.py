@@ -1,7 +1,8 @@
 """Estimate what a training takes on many GPUs: parameters, memory, bytes and time of each layout; recommend one.
 
-MODEL is an architecture (mtmoe_transformer_tiny, …_base, …_big, …_nllb), switch-1.6t, a preset of `mtmoe train`, a model
-folder, or a checkpoint; options such as --experts change its shape. Nothing is trained, and no GPU is needed.
+MODEL is an architecture (mtmoe_transformer_tiny, …_base, …_big, …_nllb), switch-1.6t, a preset of `mtmoe train`, a
+model folder, or a checkpoint; options such as --experts change its shape. Nothing is trained, and no GPU is needed.
+The exit status is 0 if a layout fits in memory, and 1 if none does. docs/scaling.md tells how to read the tables.
 
 Examples:
   mtmoe plan mtmoe_transformer_base --vocab 32000 --gpus 8 --gpu h100
@@ -42,12 +43,14 @@ SHAPE_OPTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 )
 """Option, the fields of `ModelShape` that it sets, and its help."""
 
+WIDTH = 120
+"""Columns that the tables take at most, whatever the terminal."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``mtmoe plan``."""
-    parser.add_argument(
-        "model", nargs="?", default="mtmoe_transformer", metavar="MODEL", help="architecture, preset, folder, checkpoint"
-    )
+    parser.add_argument("model", nargs="?", default="mtmoe_transformer", metavar="MODEL",
+                        help="architecture, preset, model folder or checkpoint")  # fmt: skip
     parser.add_argument("--data", type=Path, help="prepared data of a checkpoint or preset; default: what it names")
     shape = parser.add_argument_group("shape of the model (default: the MODEL's)")
     for option, names, text in SHAPE_OPTIONS:
@@ -165,12 +168,13 @@ def _vocabulary(data: Path) -> int | None:
 def cluster_of(args: argparse.Namespace) -> Cluster:
     """The hardware that the options name."""
     if args.gpu not in GPUS:
-        raise ConfigError(f"--gpu {args.gpu!r} is unknown; choose one of: {', '.join(GPUS)}, or add --memory and --flops")
+        known = ", ".join(GPUS)
+        raise ConfigError(f"--gpu {args.gpu!r} is unknown; choose one of: {known}; --memory and --flops change it")
     values: dict[str, Any] = {field: getattr(GPUS[args.gpu], field) for field in Gpu.__slots__}
     if args.memory is not None:
         values["memory"] = args.memory * GIB
     if args.flops is not None:
-        values["flops"] = {kind: args.flops * TERA for kind in values["flops"]}
+        values["flops"] = dict.fromkeys(values["flops"], args.flops * TERA)
     if args.network is not None:
         values["network_in_node"], values["network_between_nodes"] = _network(args.network)
     if args.memory is not None or args.flops is not None:
@@ -196,13 +200,13 @@ def _print(table: Table) -> None:
     from rich.console import Console
     from rich.table import Table as Drawn
 
-    console = Console(highlight=False)
     drawn = Drawn(title=table.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
     for number, name in enumerate(table.header):
-        text = number == 0 or name == "what and why"
-        drawn.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=name != "what and why" and None)
+        prose = name == "what and why"
+        drawn.add_column(name, justify="left" if prose or not number else "right", no_wrap=not prose, vertical="top")
     for row in table.rows:
         drawn.add_row(*row)
-    # A log or a pipe has no width: there nothing is cut.
-    width = None if console.is_terminal else 160
-    console.print(drawn, width=width)
+    # rich would cut numbers in a narrow terminal or a pipe; a line that is too long may be wrapped instead.
+    console = Console(highlight=False, soft_wrap=False)
+    console.width = max(console.width, WIDTH)
+    console.print(drawn)

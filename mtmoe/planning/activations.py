@@ -1,9 +1,9 @@
 """What the forward pass leaves in memory for the backward pass, tensor by tensor as autograd saves them.
 
-Small things of a few bytes a token (indices, probabilities, norms' statistics) are counted where they are of the size of
-experts or heads. Tests compare the count with the tensors that a real model saves on a CPU (``device="cpu"``). On a GPU
-there are masks of dropout besides, a copy of attention's output, and, under autocast, a copy of each weight in the type
-of the products; these follow from the sources of the layers and of torch.
+Small things of a few bytes a token (indices, probabilities, norms' statistics) are counted where they are of the size
+of experts or heads. Tests compare the count with the tensors that a real model saves on a CPU (``device="cpu"``). On a
+GPU there are masks of dropout besides, a copy of attention's output, and, under autocast, a copy of each weight in the
+type of the products; these follow from the sources of the layers and of torch.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ def activation_bytes(model: ModelShape, setup: TrainingSetup, imbalance: float =
         + (on_gpu and setup.dropout) * tokens * model.d_model
         for side in SIDES
     )
+    if setup.recompute or sizes.product == sizes.residual:
+        ends += tokens * sizes.residual * model.d_model  # the encoder's output, which all cross-attentions read
     copies = _weight_copies(model, setup, on_gpu, model.num_experts if local_experts is None else local_experts)
     gradients = _gradients_of_one_layer(model, setup, imbalance)
     if setup.recompute:
@@ -80,10 +82,9 @@ def _layer_bytes(
     residual = sizes.residual * d_model + STATISTICS
     # In fp32 the norm's output is the products' input, in autocast a cast of it; either way one tensor is kept.
     attention = residual + c * d_model * (1 + 3 + 1 + on_gpu) + 4 * heads + masks * d_model
-    layer = attention
+    layer = float(attention)
     if side == "decoder":
-        # Queries, keys, values and output as before, and where the products are narrower, a cast of the encoder's
-        # output; the mask of padding besides.
+        # Queries, keys, values and output as before; where products are narrower, a cast of the encoder's output.
         layer += attention + (c * d_model if c != sizes.residual else 0)
     layer *= tokens
     if side == "decoder":
@@ -118,7 +119,7 @@ def _weight_copies(model: ModelShape, setup: TrainingSetup, on_gpu: bool, local_
 
 
 def _loss_bytes(model: ModelShape, setup: TrainingSetup) -> float:
-    """Logits of a block of tokens, and the gradients of features and output layer that the fused loss makes with them."""
+    """Logits of a block of tokens, and the gradients that the fused loss makes with them."""
     tokens, product, vocabulary = setup.tokens, setup.bytes.product, model.vocabulary_size
     block = min(tokens, max(1, LOGITS_AT_ONCE // vocabulary))
     weight = vocabulary * model.d_model
@@ -128,7 +129,7 @@ def _loss_bytes(model: ModelShape, setup: TrainingSetup) -> float:
 
 
 def _gradients_of_one_layer(model: ModelShape, setup: TrainingSetup, imbalance: float) -> float:
-    """Gradients of the widest sublayer's activations: residual, rows in and out, and what is between the two products."""
+    """Gradients of the widest sublayer's activations: residual, rows in and out, what is between the products."""
     sizes, d_model, widest = setup.bytes, model.d_model, 0.0
     for side in SIDES:
         dense = sizes.product * (2 * d_model + model.d_ffn(side))

@@ -37,8 +37,8 @@ class Assumptions:
     message_between_nodes: float = 5e-6
     """Seconds of overhead for each peer on another node, in an all-to-all. assumed"""
     counts_exchange: float = 100e-6
-    """Seconds in each MoE layer and forward pass for exchanging the sizes of segments, and waiting for them on the host,
-    before the rows can be sent. assumed"""
+    """Seconds in each MoE layer and forward pass for exchanging the sizes of segments, and waiting for them on the
+    host, before the rows can be sent. assumed"""
     rank_imbalance: float = 1.0
     """Rows of the fullest GPU over the mean. 1: an even load, what the load-balance loss drives at; take what your log
     shows. Scales the time and memory of experts, and all-to-all time."""
@@ -48,7 +48,7 @@ class Assumptions:
     """Share of the transfers and CPU work of offloaded states that hides. 0: none, an upper bound of the time."""
     host_memory_bandwidth: float = 150e9
     """Bytes/s of a node's memory that AdamW on the CPU reaches, over all its processes. assumed"""
-    reserved_memory: float = 2 * 2**30
+    reserved_memory: float = 2e9
     """Bytes of each GPU for the CUDA context, NCCL's buffers and libraries' workspaces. assumed"""
     usable_memory: float = 0.92
     """Share of a GPU's memory, less the reserved, that can be filled before fragments of the allocator get in the

@@ -30,7 +30,7 @@ class Flops:
     @property
     def total(self) -> float:
         """All parts."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return float(sum(getattr(self, field.name) for field in fields(self)))
 
     @property
     def layers(self) -> float:

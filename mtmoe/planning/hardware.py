@@ -60,8 +60,8 @@ GPUS: dict[str, Gpu] = {
 }
 """Name -> GPU. NVIDIA's data sheets of the SXM versions (L40S: PCIe): memory, dense tensor-core bf16 (V100: fp16), fp32
 without tensor cores, memory bandwidth; half of NVLink's bidirectional bandwidth (L40S: PCIe 4.0 x16); PCIe 3.0, 4.0 or
-5.0 x16 to the host. Between nodes: one InfiniBand port a GPU, as in NVIDIA's DGX machines, of 100 (DGX-2), 200 (DGX A100)
-or 400 Gbit/s (DGX H100); a cluster may have less, so measure it or read its data sheet, and give --network."""
+5.0 x16 to the host. Between nodes: one InfiniBand port a GPU, as in NVIDIA's DGX machines, of 100 (DGX-2), 200 (DGX
+A100) or 400 Gbit/s (DGX H100); a cluster may have less, so measure it or read its data sheet, and give --network."""
 
 
 @dataclass(frozen=True, slots=True)

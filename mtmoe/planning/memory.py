@@ -36,7 +36,7 @@ class Memory:
     @property
     def gpu(self) -> float:
         """All of one GPU."""
-        return sum(getattr(self, field.name) for field in fields(self) if field.name != "host")
+        return float(sum(getattr(self, field.name) for field in fields(self) if field.name != "host"))
 
 
 def memory_of(model: ModelShape, setup: TrainingSetup, layout: Layout, assumed: Assumptions) -> Memory:

@@ -168,7 +168,7 @@ def _why(best: Estimate, estimates: Sequence[Estimate]) -> str:
     slower = [each for each in estimates if each.fits and each is not best]
     parts = [f"{best.time.total:.3g} s an update with {best.memory.gpu / GIB:.1f} of {best.usable / GIB:.1f} GiB"]
     if full:
-        parts.append(f"expert-parallel {', '.join(map(str, full))} does not fit in memory")
+        parts.append(f"expert-parallel {', '.join(map(str, full))} would not fit in memory")
     if slower:
         second = min(slower, key=lambda each: each.time.total)
         parts.append(
@@ -191,19 +191,25 @@ def _way_out(model: ModelShape, setup: TrainingSetup, estimates: Sequence[Estima
     off = [name for name in SAVERS if not getattr(setup, name) and (name != "offload" or has_experts)]
     for count in range(1, len(off) + 1):
         for names in itertools.combinations(off, count):
-            saving = replace(setup, **dict.fromkeys(names, True))
-            if _smallest(model, saving, estimates, assumed):
+            saving = _with(setup, names)
+            if _any_fits(model, saving, estimates, assumed):
                 return f"{text}; it would with {' '.join(SAVERS[name] for name in names)}"
-    smaller = replace(setup, **dict.fromkeys(off, True))
+    smaller = _with(setup, off)
     while smaller.tokens >= 2 * smaller.length:
         smaller = replace(smaller, tokens=smaller.tokens // 2)
-        if _smallest(model, smaller, estimates, assumed):
+        if _any_fits(model, smaller, estimates, assumed):
             switches = " ".join(SAVERS[name] for name in off)
             return f"{text}; it would with {switches} --tokens {smaller.tokens}".replace("  ", " ")
     return f"{text}; take more GPUs, GPUs with more memory, or a smaller model"
 
 
-def _smallest(
+def _with(setup: TrainingSetup, savers: Sequence[str]) -> TrainingSetup:
+    """A setup with some of `SAVERS` switched on."""
+    switched: dict[str, Any] = dict.fromkeys(savers, True)
+    return replace(setup, **switched)
+
+
+def _any_fits(
     model: ModelShape, setup: TrainingSetup, estimates: Sequence[Estimate], assumed: Assumptions
 ) -> bool:
     """Whether any layout fits under another setup."""

@@ -71,7 +71,8 @@ def by_name(name: str, vocabulary_size: int | None = None) -> ModelShape:
         ConfigError: the name is unknown; the text lists the known ones.
     """
     if name in SHAPES:
-        return replace(SHAPES[name], **({"vocabulary_size": vocabulary_size} if vocabulary_size else {}))
+        shape = SHAPES[name]
+        return replace(shape, vocabulary_size=vocabulary_size or shape.vocabulary_size)
     if name not in ARCHITECTURES:
         raise ConfigError(f"model {name!r} is unknown; choose one of: {', '.join(names())}, or a file or folder")
     return from_options({}, name, vocabulary_size)

@@ -9,7 +9,6 @@ from mtmoe.planning.assumptions import explanations
 from mtmoe.planning.communication import Traffic
 from mtmoe.planning.hardware import GIB, GIGA, TERA
 from mtmoe.planning.memory import Memory
-from mtmoe.planning.parameters import Parameters
 from mtmoe.planning.plan import Estimate, Plan, effects
 from mtmoe.planning.step_time import StepTime
 
@@ -83,9 +82,9 @@ def heading(plan: Plan) -> str:
 def _parameters(plan: Plan) -> Table:
     parameters = plan.parameters
     rows = [
-        [field.name, f"{getattr(parameters, field.name):,}", f"{100 * getattr(parameters, field.name) / parameters.total:.1f}"]
-        for field in fields(Parameters)
-        if field.name != "active" and getattr(parameters, field.name)
+        [name, f"{value:,}", f"{100 * value / parameters.total:.1f}"]
+        for name, value in asdict(parameters).items()
+        if name != "active" and value
     ]
     rows.append(["total", f"{parameters.total:,}", "100.0"])
     rows.append(["active for a token on each side", f"{parameters.active:,}",
@@ -94,8 +93,8 @@ def _parameters(plan: Plan) -> Table:
 
 
 def _layouts(plan: Plan) -> Table:
-    header = ("expert-parallel", "x replicas", "parameters a GPU", "GiB a GPU", "fits", "all-to-all GB: in node",
-              "between", "all-reduce GB: in node", "between", "ms an update", "tokens/s")  # fmt: skip
+    header = ("expert-\nparallel", "x repli-\ncas", "parameters\na GPU", "GiB\na GPU", "fits", "all-to-all\nin node",
+              "\nbetween", "all-reduce\nin node", "\nbetween", "ms an\nupdate", "\ntokens/s")  # fmt: skip
     rows = []
     for each in plan.estimates:
         star = " *" if each is plan.best else ""
@@ -104,8 +103,9 @@ def _layouts(plan: Plan) -> Table:
             size(each.memory.gpu), "yes" if each.fits else "no", *traffic(each.all_to_all), *traffic(each.all_reduce),
             milliseconds(each.time.total), count(each.tokens_a_second),
         ])  # fmt: skip
-    usable = plan.estimates[0].usable
-    return Table(f"Layouts: sent by one GPU in an update; {size(usable)} GiB may be filled", header, rows)
+    usable = size(plan.estimates[0].usable)
+    title = f"Layouts; GB that one GPU sends in an update, in its node and between nodes; {usable} GiB may be filled"
+    return Table(title, header, rows)
 
 
 def _memory(plan: Plan) -> Table:
@@ -116,7 +116,7 @@ def _memory(plan: Plan) -> Table:
         + ([size(each.memory.host)] if host else [])
         for each in plan.estimates
     ]
-    header = ("expert-parallel", *names, "sum", *(["host, a node"] if host else []))
+    header = ("expert-\nparallel", *names, "sum", *(["host,\na node"] if host else []))
     return Table("Memory of a GPU, GiB", header, rows)
 
 
@@ -128,11 +128,11 @@ def _times(plan: Plan) -> Table:
         for each in plan.estimates
     ]  # fmt: skip
     title = "Time of an update, ms; what does not overlap"
-    return Table(title, ("expert-parallel", *(name.replace("_", "-") for name in names), "sum"), rows)
+    return Table(title, ("expert-\nparallel", *(name.replace("_", "-") for name in names), "sum"), rows)
 
 
 def _effects(plan: Plan) -> Table:
-    header = ("option", "GiB a GPU", "fits", "all-to-all GB: in node", "between", "ms an update", "x")
+    header = ("option", "GiB\na GPU", "fits", "all-to-all GB\nin node", "\nbetween", "ms an\nupdate", "x")
     rows = effects(plan)
     base: Estimate = rows[0][1]
     cells = [

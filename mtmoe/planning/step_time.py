@@ -33,7 +33,7 @@ class StepTime:
     @property
     def total(self) -> float:
         """All parts."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return float(sum(getattr(self, field.name) for field in fields(self)))
 
 
 def peak_flops(setup: TrainingSetup, layout: Layout) -> float:
@@ -67,8 +67,8 @@ def _expert_seconds(
     arithmetic = forward.experts * assumed.rank_imbalance * (1 + BACKWARD + setup.recompute)
     arithmetic /= peak_flops(setup, layout) * assumed.utilisation
     sizes = setup.bytes
-    # Weights are read in each pass, and once more by the backward pass, which writes their gradients; autocast reads the
-    # wide ones and writes and reads a narrow copy.
+    # Weights are read in each pass, and the backward pass writes their gradients; autocast reads the wide ones besides,
+    # to write a narrow copy.
     cast = sizes.weight + sizes.product if sizes.product != sizes.weight else 0
     moved = (2 + setup.recompute) * sizes.product + sizes.gradient + (1 + setup.recompute) * cast
     experts = count_parameters(model).experts / layout.expert_parallel
