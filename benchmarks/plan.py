@@ -53,9 +53,9 @@ SMALL = ModelShape(
 SHAPES: dict[str, ModelShape] = {
     "dense": replace(SMALL, encoder_moe_freq=0, decoder_moe_freq=0),
     "MoE 8": SMALL,
-    "MoE 8, CMR": replace(SMALL, cmr=True),
+    "MoE 8 CMR": replace(SMALL, cmr=True),
     "MoE 32": replace(SMALL, num_experts=32),
-    "MoE 32, top-1": replace(SMALL, num_experts=32, top_k=1),
+    "MoE 32 top-1": replace(SMALL, num_experts=32, top_k=1),
     "wide MoE 8": replace(SMALL, d_model=768, encoder_heads=12, decoder_heads=12),
 }
 """Name -> what is planned and trained."""
@@ -194,7 +194,7 @@ def compare(shape: ModelShape, setup: TrainingSetup, gpu: Gpu, rounds: int, budg
             None if added is None else added / 2**20,
         ),
         Compared("step at full rate, ms", 1e3 * step, 1e3 * times["step"].median),
-        Compared("GFLOP/s, machine and step", gpu.flops["half"] / 1e9, flops / times["step"].median / 1e9),
+        Compared("GFLOP/s of the machine and of the step", gpu.flops["half"] / 1e9, flops / times["step"].median / 1e9),
     ]
 
 
@@ -225,11 +225,9 @@ def main() -> int:
     parser.add_argument("--allocator", choices=("auto", "system"), default="auto", help="auto preloads tcmalloc")
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="(default: %(default)s)")
     args = parser.parse_args()
-    chosen = [name.strip() for name in args.models.split(";" if ";" in args.models else ",")]
-    if args.models == ",".join(SHAPES):
-        chosen = list(SHAPES)
+    chosen = [name.strip() for name in args.models.split(",")]
     if set(chosen) - SHAPES.keys():
-        parser.error(f"--models must be of: {'; '.join(SHAPES)}; with ; between them")
+        parser.error(f"--models must be of: {', '.join(SHAPES)}")
     if args.allocator == "auto":
         restart_with_quick_environment("benchmarks.plan")
     setup = TrainingSetup(tokens=args.tokens, length=args.length, dtype=args.dtype, dropout=False)

@@ -16,7 +16,7 @@ import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtmoe.errors import ConfigError
 from mtmoe.planning import presets
@@ -26,6 +26,9 @@ from mtmoe.planning.model import ModelShape
 from mtmoe.planning.plan import make_plan
 from mtmoe.planning.report import Table, heading, tables
 from mtmoe.planning.training import DTYPES, GATING_DROPOUT_MODES, PAYLOADS, TrainingSetup
+
+if TYPE_CHECKING:
+    from mtmoe.training.preset import TrainConfig
 
 SHAPE_OPTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("vocab", ("vocabulary_size",), "rows of the embedding"),
@@ -42,6 +45,11 @@ SHAPE_OPTIONS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("cmr-d-ffn", ("cmr_d_ffn",), "width inside the shared network of CMR; 0 = the expert's"),
 )
 """Option, the fields of `ModelShape` that it sets, and its help."""
+
+PRESET_SUFFIXES = (".yaml", ".yml")
+
+AUTOCAST = {"bfloat16": "autocast"}
+"""Value of the training's option ``--autocast`` -> number types of a plan."""
 
 WIDTH = 120
 """Columns that the tables take at most, whatever the terminal."""
@@ -89,12 +97,15 @@ def _add_hardware(parser: argparse.ArgumentParser) -> None:
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     group, default = parser.add_argument_group("training"), TrainingSetup()
-    group.add_argument("--tokens", type=int, default=default.tokens, metavar="N",
-                       help="target tokens a GPU in a batch, and as many source tokens")  # fmt: skip
+    group.add_argument("--tokens", type=int, default=argparse.SUPPRESS, metavar="N",
+                       help=f"target tokens a GPU in a batch, and as many source tokens (default: max-tokens of a "
+                       f"preset, else {default.tokens})")  # fmt: skip
     group.add_argument("--length", type=int, default=default.length, metavar="N", help="tokens of a sentence")
-    group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches an update (--update-freq)")
-    group.add_argument("--dtype", default=default.dtype, choices=tuple(DTYPES),
-                       help="autocast: fp32 weights, bf16 products; bf16, fp16: fp32 master copies")  # fmt: skip
+    group.add_argument("--accumulate", type=int, default=argparse.SUPPRESS, metavar="N",
+                       help="batches an update (default: update-freq of a preset, else 1)")  # fmt: skip
+    group.add_argument("--dtype", default=argparse.SUPPRESS, choices=tuple(DTYPES),
+                       help="autocast: fp32 weights, bf16 products; bf16, fp16: fp32 master copies (default: that of a "
+                       f"preset, else {default.dtype})")  # fmt: skip
     group.add_argument("--dropout", action=argparse.BooleanOptionalAction, default=True, help="keep dropout's masks")
     for name, text in (
         ("zero1", "shard optimiser states of what is replicated (ZeRO-1)"),
@@ -103,7 +114,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         ("bilevel", "route to a node, then to experts on it (SMILE)"),
         ("overlap", "hide all-to-all behind the shared network of CMR"),
     ):
-        group.add_argument(f"--{name}", action="store_true", help=text)
+        group.add_argument(f"--{name}", action="store_true", default=argparse.SUPPRESS, help=text)
     group.add_argument("--payload", default="compute", choices=tuple(PAYLOADS), help="number type in the all-to-all")
     group.add_argument("--gating-dropout", type=float, default=0.0, metavar="P",
                        help="share of steps without exchange")  # fmt: skip
@@ -144,16 +155,20 @@ def _named_model(name: str, data: Path | None) -> ModelShape:
     path = Path(name)
     if name in presets.names() or not path.exists():
         return presets.by_name(name)
-    if path.suffix in (".yaml", ".yml"):
-        from mtmoe.training.preset import load_config
-
-        config = load_config(path)
+    if path.suffix in PRESET_SUFFIXES:
+        config = _preset(path)
         return presets.from_options(config.options, config.arch, _vocabulary(data or Path(config.data)))
     if (path / "config.json").is_file():
         return presets.from_folder(path)
     from mtmoe.checkpoint import open_model  # torch takes seconds, and nothing else here needs it
 
     return presets.from_config(open_model(path, data).config.to_json(), str(path))
+
+
+def _preset(path: Path) -> TrainConfig:
+    from mtmoe.training.preset import load_config  # takes NumPy along
+
+    return load_config(path)
 
 
 def _vocabulary(data: Path) -> int | None:
@@ -191,8 +206,29 @@ def _network(text: str) -> tuple[float, float]:
 
 
 def setup_of(args: argparse.Namespace) -> TrainingSetup:
-    """The training that the options name."""
-    return TrainingSetup(**{name: getattr(args, name) for name in asdict(TrainingSetup())})
+    """The training that the options name; a preset tells what they leave out."""
+    values: dict[str, Any] = _training_of(args.model)
+    values |= {name: getattr(args, name) for name in asdict(TrainingSetup()) if hasattr(args, name)}
+    return TrainingSetup(**values)
+
+
+def _training_of(name: str) -> dict[str, Any]:
+    """Batch and number type of a preset; nothing for models that are none."""
+    path = Path(name)
+    if path.suffix not in PRESET_SUFFIXES or not path.exists():
+        return {}
+    options = presets.plain_options(_preset(path).options)
+    dtypes = [dtype for dtype in ("bf16", "fp16") if options.get(dtype)]
+    found: dict[str, Any] = {"dtype": dtypes[0] if dtypes else AUTOCAST.get(str(options.get("autocast")), "fp32")}
+    if "checkpoint_activations" in options:
+        found["recompute"] = True
+    for option, field in (("max_tokens", "tokens"), ("update_freq", "accumulate")):
+        value = options.get(option)
+        if isinstance(value, list):
+            value = value[-1]  # of the last epochs
+        if value is not None:
+            found[field] = value
+    return found
 
 
 def _print(table: Table) -> None:

@@ -92,7 +92,7 @@ def _layer_bytes(
     dense = tokens * (residual + c * (d_model + model.d_ffn(side)) + masks * d_model)
     routed = tokens * model.routed_a_token * imbalance
     # The gate reads fp32, which is the norm's output unless all is in half precision.
-    moe = tokens * (residual + 4 * d_model + 4 * model.num_experts + model.top_k * CHOICE)
+    moe: float = tokens * (residual + 4 * d_model + 4 * model.num_experts + model.top_k * CHOICE)
     moe += routed * (c * (2 * d_model + model.expert_d_ffn(side)) + masks * d_model)
     if model.cmr:
         own_input = c * d_model if c != 4 else 0

@@ -91,8 +91,7 @@ def from_options(options: Mapping[str, Any], arch: str, vocabulary_size: int | N
     """
     if arch not in ARCHITECTURES:
         raise ConfigError(f"architecture {arch!r} is unknown; choose one of: {', '.join(ARCHITECTURES)}")
-    given = {key.replace("-", "_"): value for key, value in options.items() if value not in (None, False)}
-    values = ARCHITECTURES[arch] | given
+    values = ARCHITECTURES[arch] | plain_options(options)
     shape: dict[str, Any] = {key: values[key] for key in SAME_NAME if key in values}
     ffn = values["encoder_ffn_embed_dim"]
     for side, width in (("encoder", ffn), ("decoder", values.get("decoder_ffn_embed_dim", ffn))):
@@ -113,6 +112,11 @@ def from_options(options: Mapping[str, Any], arch: str, vocabulary_size: int | N
         )
     except TypeError as error:
         raise ConfigError(f"an option of {arch} is of the wrong type: {error}") from error
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of fairseq-train with underscores in their names, those that are not given left out."""
+    return {key.replace("-", "_"): value for key, value in options.items() if value is not None and value is not False}
 
 
 def from_config(config: Mapping[str, Any], name: str) -> ModelShape:

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from reference.fairseq_file import fairseq_state
 from reference.models import toy_model, write_toy_vocabulary
 
 from mtmoe import cli
@@ -73,12 +75,17 @@ def test_a_preset_and_its_data(capsys, tmp_path):
     data.mkdir()
     (data / "dict.txt").write_text("a 1\nb 1\n", encoding="utf-8")
     preset = tmp_path / "preset.yaml"
-    options = {"num-experts": 4, "encoder-layers": 2, "share-all-embeddings": True}
+    options = {"num-experts": 4, "encoder-layers": 2, "share-all-embeddings": True, "max-tokens": 512,
+               "update-freq": [2], "bf16": True, "checkpoint-activations": True}  # fmt: skip
     content = {"data": str(data), "output": str(tmp_path), "arch": "mtmoe_transformer_base", "options": options}
     preset.write_text(yaml.safe_dump(content))
-    model = planned(capsys, preset)["model"]
+    document = planned(capsys, preset)
+    model, setup = document["model"], document["setup"]
     assert (model["vocabulary_size"], model["num_experts"], model["encoder_layers"]) == (6, 4, 2)
     assert (model["decoder_layers"], model["d_model"]) == (6, 512)
+    assert (setup["tokens"], setup["accumulate"], setup["dtype"], setup["recompute"]) == (512, 2, "bf16", True)
+    changed = planned(capsys, preset, "--tokens", 256, "--dtype", "fp32")["setup"]
+    assert (changed["tokens"], changed["accumulate"], changed["dtype"]) == (256, 2, "fp32")
 
 
 @pytest.mark.parametrize("name", ["tiny", "base", "demo", "demo_dense"])
@@ -93,6 +100,16 @@ def test_a_model_folder(capsys, tmp_path):
     document = planned(capsys, tmp_path / "model", "--gpus", 4)
     assert document["parameters"]["total"] == sum(tensor.numel() for tensor in model.tensors.values())
     assert document["model"]["eom"] == 0.2
+
+
+def test_a_checkpoint_beside_its_data(capsys, tmp_path):
+    data = write_toy_vocabulary(tmp_path / "data")
+    model = toy_model(data, moe=True)
+    path = tmp_path / "checkpoints" / "checkpoint_best.pt"
+    path.parent.mkdir()
+    torch.save(fairseq_state(model), path)
+    document = planned(capsys, path, "--data", data, "--gpus", 2)
+    assert document["parameters"]["total"] == sum(tensor.numel() for tensor in model.tensors.values())
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks.plan import batch_of, build, saved_bytes
-from benchmarks.step import training_step
 from fairseq.optim.fp16_optimizer import FP16Optimizer
 
+from benchmarks.plan import batch_of, build, saved_bytes
+from benchmarks.step import training_step
 from mtmoe.planning.activations import activation_bytes
 from mtmoe.planning.assumptions import Assumptions
 from mtmoe.planning.hardware import GPUS, Cluster
@@ -76,7 +76,7 @@ def test_half_precision_has_master_copies_of_weights_and_gradients():
         {"encoder_layers": 5, "decoder_layers": 1, "encoder_d_ffn": 640},
     ],
 )
-def test_activations_are_within_2_per_cent_of_what_autograd_saves(changes, dtype):
+def test_activations_are_what_autograd_saves(changes, dtype):
     from mtmoe.kernels import extension
 
     if not extension.available():
@@ -92,7 +92,7 @@ def test_activations_are_within_2_per_cent_of_what_autograd_saves(changes, dtype
             return criterion(model, batch)[0]
 
     counted = activation_bytes(shape, setup, device="cpu")
-    assert counted.saved + counted.copies == pytest.approx(saved_bytes(model, forward), rel=0.02)
+    assert counted.saved + counted.copies == pytest.approx(saved_bytes(model, forward), rel=0.005)
 
 
 @pytest.mark.parametrize("shape", [DENSE, replace(SHAPE, encoder_moe_freq=1, decoder_moe_freq=1)], ids=["dense", "moe"])

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks.plan import build_model, options_of
-from benchmarks.step import task_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.models import toy_config
 
+from benchmarks.plan import build_model, options_of
+from benchmarks.step import task_of
 from fairseq_plugins.models import mtmoe_transformer as architectures
 from fairseq_plugins.models.mtmoe_transformer import MtmoeTransformerModel
 from mtmoe.checkpoint.stored import expected_shapes
