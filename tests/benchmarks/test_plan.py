@@ -26,6 +26,16 @@ def test_a_small_model_is_planned_and_run():
     assert "saved activations, MiB" in text
 
 
+def test_the_command_writes_a_report(monkeypatch, tmp_path, capsys):
+    shape = replace(plan.SHAPES["dense"], d_model=64, encoder_layers=1, decoder_layers=1, vocabulary_size=100)
+    monkeypatch.setitem(plan.SHAPES, "dense", shape)
+    words = ["--models", "dense", "--tokens", "64", "--rounds", "2", "--budget", "0.1", "--allocator", "system"]
+    monkeypatch.setattr("sys.argv", ["plan", *words, "--output", str(tmp_path)])
+    assert plan.main() == 0
+    assert (tmp_path / "plan.md").read_text(encoding="utf-8") in capsys.readouterr().out
+    assert (tmp_path / "plan.json").is_file()
+
+
 def test_nothing_measured_has_no_ratio():
     assert plan.Compared("memory", 3.0, None).ratio is None
     assert plan.Compared("memory", 3.0, 2.0).ratio == pytest.approx(1.5)
