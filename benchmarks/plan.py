@@ -3,8 +3,8 @@
 The machine's own rates are measured first: a large matrix product and a large copy, in the type of the products. With
 them the plan predicts each step at a utilisation of 1, so that *predicted / measured* time is the utilisation that a
 plan for this machine should assume. Parameters and saved activations are counted, not timed; the memory of a step is
-what it adds to the process at its peak (gradients, activations, logits); the plan's sum is an upper bound of that, since
-gradients come as activations go. Timings need an otherwise idle machine.
+what it adds to the process at its peak (gradients, activations, logits); the plan's sum is an upper bound of that,
+since gradients come as activations go. Timings need an otherwise idle machine.
 
     python -m benchmarks.plan
 """

@@ -50,18 +50,19 @@ def _gpu(name: str, memory: int, half: float, single: float, rates: tuple[float,
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        _gpu("v100-32", 32, 125, 15.7, (900, 150, 12.5, 16), bf16=False),
-        _gpu("a100-40", 40, 312, 19.5, (1555, 300, 25, 32)),
-        _gpu("a100-80", 80, 312, 19.5, (2039, 300, 25, 32)),
-        _gpu("h100", 80, 989, 67, (3350, 450, 50, 64)),
-        _gpu("h200", 141, 989, 67, (4800, 450, 50, 64)),
-        _gpu("l40s", 48, 362, 91.6, (864, 32, 25, 32)),
+        _gpu("v100-32", 31, 125, 15.7, (900, 150, 6.25, 16), bf16=False),
+        _gpu("a100-40", 39, 312, 19.5, (1555, 300, 25, 32)),
+        _gpu("a100-80", 79, 312, 19.5, (2039, 300, 25, 32)),
+        _gpu("h100", 79, 989, 67, (3350, 450, 50, 64)),
+        _gpu("h200", 139, 989, 67, (4800, 450, 50, 64)),
+        _gpu("l40s", 44, 362, 91.6, (864, 32, 25, 32)),
     )
 }
-"""Name -> GPU. NVIDIA's data sheets of the SXM versions (L40S: PCIe): memory, dense tensor-core bf16 (V100: fp16), fp32
-without tensor cores, memory bandwidth; half of NVLink's bidirectional bandwidth (L40S: PCIe 4.0 x16); PCIe 3.0, 4.0 or
-5.0 x16 to the host. Between nodes: one InfiniBand port a GPU, as in NVIDIA's DGX machines, of 100 (DGX-2), 200 (DGX
-A100) or 400 Gbit/s (DGX H100); a cluster may have less, so measure it or read its data sheet, and give --network."""
+"""Name -> GPU. Memory: what CUDA reports, in whole GiB. The rest is of NVIDIA's data sheets of the SXM versions (L40S:
+PCIe): dense tensor-core bf16 (V100: fp16), fp32 without tensor cores, memory bandwidth; half of NVLink's bidirectional
+bandwidth (L40S: PCIe 4.0 x16); PCIe 3.0, 4.0 or 5.0 x16 to the host. Between nodes: a GPU's part of the InfiniBand of
+NVIDIA's DGX machines, 50 (DGX-2), 200 (DGX A100) or 400 Gbit/s (DGX H100), and 200 Gbit/s taken for the L40S; a cluster
+may have less, so measure it or read its data sheet, and give --network."""
 
 
 @dataclass(frozen=True, slots=True)
