@@ -35,7 +35,7 @@ def plot_layer(groups: Mapping[str, Sequence[Record]], folder: Path) -> None:
 
 def plot_ratios(records: Sequence[Record], which: str, path: Path) -> None:
     """Bars: time of each peer over the dense network's, by number type and experts."""
-    pyplot = _pyplot()
+    pyplot = start_pyplot()
     dtypes = list(dict.fromkeys(record["key"]["case"]["dtype"] for record in records))
     peers = [name for name in timed_peers(records, which) if name != "dense"]
     figure, axes = pyplot.subplots(1, len(dtypes), figsize=(4 * len(dtypes), 3.6), sharey=True, squeeze=False)
@@ -57,7 +57,7 @@ def plot_ratios(records: Sequence[Record], which: str, path: Path) -> None:
 
 def plot_curve(records: Sequence[Record], which: str, path: Path) -> None:
     """Lines: time over the number of experts at the same tokens and FLOPs, and the two limits."""
-    pyplot = _pyplot()
+    pyplot = start_pyplot()
     figure, axis = pyplot.subplots(figsize=(6, 4))
     experts = [record["key"]["case"]["num_experts"] for record in records]
     for name in timed_peers(records, which):
@@ -86,7 +86,7 @@ def plot_losses(runs: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], p
         runs: run -> ``train`` and ``valid`` -> (update, loss) pairs.
         path: the picture's file.
     """
-    pyplot = _pyplot()
+    pyplot = start_pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6))
     for axis, split in zip(axes, ("train", "valid"), strict=True):
         for index, (name, curves) in enumerate(runs.items()):
@@ -99,7 +99,8 @@ def plot_losses(runs: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], p
     _save(figure, path)
 
 
-def _pyplot() -> Any:
+def start_pyplot() -> Any:
+    """Matplotlib without a screen; the same figures give the same file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -114,4 +115,4 @@ def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     figure.savefig(path.with_suffix(".png"), dpi=120)
-    _pyplot().close(figure)
+    start_pyplot().close(figure)

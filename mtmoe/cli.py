@@ -15,6 +15,7 @@ DESCRIPTION = "Train, shrink and serve multilingual Mixture-of-Experts translati
 COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("mtmoe.commands.prepare", "clean parallel text, train SentencePiece and binarise, from a recipe"),
     "train": ("mtmoe.commands.train", "start fairseq-train with a preset, and resume it"),
+    "plan": ("mtmoe.commands.plan", "estimate memory, bytes and time on many GPUs, and recommend a layout"),
     "curves": ("mtmoe.commands.curves", "table and plot of a run's validation losses by direction"),
     "curriculum": ("mtmoe.commands.curriculum", "derive from a run which directions should join training late"),
     "evaluate": ("mtmoe.commands.evaluate", "decode every direction and write chrF++ and BLEU reports"),
