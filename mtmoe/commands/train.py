@@ -5,6 +5,7 @@ Examples:
   mtmoe train scripts/train/base.yaml --set data=runs/bible/data --set output=runs/bible --set max-tokens=2048
   mtmoe train scripts/train/demo.yaml --minutes 20      # max-update follows from a short measurement
   mtmoe train scripts/train/demo.yaml --dry-run         # only print the command
+  mtmoe train scripts/train/base.yaml --nproc 4         # four processes on this machine, with GPUs one for each
 """
 
 from __future__ import annotations
@@ -29,14 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", choices=["auto", "never"], default="auto",
         help="auto: go on from the last checkpoint; never: refuse a folder that has one",
     )  # fmt: skip
+    parser.add_argument("--nproc", type=int, help="processes on this machine, with GPUs one for each; default: 1")
+    parser.add_argument(
+        "--max-restarts", type=int,
+        help="times that all processes start again from the last checkpoint when one has failed; default: 0",
+    )  # fmt: skip
+    parser.add_argument("--nnodes", type=int, help="machines that train together, each with --nproc; default: 1")
+    parser.add_argument(
+        "--rdzv-endpoint", metavar="HOST:PORT", help="where the machines meet: one of them, and a free port of it"
+    )
+    parser.add_argument("--rdzv-id", metavar="NAME", help="name of the run there; default: mtmoe")
     parser.add_argument("--dry-run", action="store_true", help="print the command and stop")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; the exit status is that of fairseq-train."""
     config = load_config(args.config, args.overrides)
-    if args.minutes is not None:
-        config = replace(config, minutes=args.minutes)
+    named = ("minutes", "nproc", "max_restarts", "nnodes", "rdzv_endpoint", "rdzv_id")
+    config = replace(config, **{name: getattr(args, name) for name in named if getattr(args, name) is not None})
     if args.dry_run:
         print(shlex.join(build_command(config)))
         return 0
