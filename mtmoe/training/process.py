@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ forget many before they come round again. A kernel takes some 0.1 MB."""
 
 RANK_0 = "\x1e"
 """Stands before each line of rank 0 in the output of `mtmoe.training.elastic`; no text has that character."""
+
+ECHO_SECONDS = 3.0
+"""For which a second signal counts as the first once more. Slurm and systemd send theirs to each process of a run, so
+that training gets it from them and from the one that has started it."""
 
 
 def build_environment(config: TrainConfig, report: Callable[[str], None] = logger.info) -> dict[str, str]:
@@ -156,14 +161,19 @@ def run_process(command: Sequence[str], environment: Mapping[str, str], line: Ca
 
 @contextlib.contextmanager
 def _forwarding(process: subprocess.Popen[str]) -> Iterator[list[int]]:
-    """Send SIGTERM and SIGINT of this process to `process` while the block runs; a second one ends it at once.
+    """Send SIGTERM and SIGINT of this process to `process` while the block runs; a second one, later, ends it at once.
 
     Yields:
         The signals that have come so far.
     """
     seen: list[int] = []
+    since = 0.0
 
     def forward(number: int, _: Any) -> None:
+        nonlocal since
+        if seen and time.monotonic() - since < ECHO_SECONDS:
+            return
+        since = time.monotonic()
         seen.append(number)
         with contextlib.suppress(ProcessLookupError):
             # Not the second one itself: torch's launcher would go on waiting for its ranks.

@@ -18,7 +18,7 @@ from mtmoe.errors import ConfigError
 from mtmoe.training import launcher, preset, time_budget
 from mtmoe.training.elastic import RankLogs, explain, put_aside
 from mtmoe.training.preset import TrainConfig, load_config
-from mtmoe.training.process import build_environment
+from mtmoe.training.process import ECHO_SECONDS, build_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +26,9 @@ FAKE = """
 import json, os, pathlib, signal, sys, time
 rank, words = os.environ.get("RANK", "0"), sys.argv[1:]
 def told(name): return name in words and words[words.index(name) + 1] == rank
-def stop(number, _): print("saved after", signal.Signals(number).name, flush=True); sys.exit(128 + number)
+asked = []
+def stop(number, _):
+    asked.append(number)  # as the plugin does, it counts echoes as one
 if "--save" in words:
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, stop)
 print("pid", os.getpid(), "words", words, "threads", os.environ["OMP_NUM_THREADS"], flush=True)
@@ -39,6 +41,10 @@ update = 0
 while update < 30 or wait:
     update += 10
     if update > 30: time.sleep(0.02)
+    if asked:
+        time.sleep(0.5)
+        print("saved after", signal.Signals(asked[0]).name, flush=True)
+        sys.exit(128 + asked[0])
     metrics = {"loss": "2.5", "num_updates": str(update), "lr": "0.1", "ups": "3", "wps": "100"}
     print("2026-01-02 03:04:05 | INFO | train_inner |", json.dumps(metrics), flush=True)
 """
@@ -107,6 +113,10 @@ def ended(number):
     return True
 
 
+def children(number):
+    return list(map(int, Path(f"/proc/{number}/task/{number}/children").read_text().split()))
+
+
 def test_two_processes_share_a_run_and_have_their_own_logs(make):
     config = make(options={"dollar": "$HOME $${x}"})
     lines = []
@@ -160,11 +170,16 @@ def test_all_start_again_as_often_as_allowed(make):
     assert any(line.startswith("restart 1 of 1: a process failed; the logs until then are") for line in lines)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_every_rank_once(make, number):
+@pytest.mark.parametrize(("number", "everywhere"), [(15, False), (2, False), (15, True)])
+def test_a_signal_reaches_every_rank(make, number, everywhere):
+    number = signal.Signals(number)
     config = make(options={"wait": True, "save": True})
     process = start(config)
     wait_for(lambda: all("train_inner" in rank_log(config, rank) for rank in (0, 1)))
+    if everywhere:  # as Slurm and systemd do
+        os.kill(children(process.pid)[0], number)
+        for rank in (0, 1):
+            os.kill(pid(config, rank), number)
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number, output
@@ -182,6 +197,8 @@ def test_a_second_signal_does_not_wait(make):
     os.kill(pid(config, 1), signal.SIGSTOP)  # it does not react to the first
     process.send_signal(signal.SIGTERM)
     wait_for(lambda: "saved after SIGTERM" in rank_log(config, 0))
+    process.send_signal(signal.SIGTERM)  # an echo of the first: nothing changes
+    time.sleep(ECHO_SECONDS)
     assert not ended(pid(config, 1))
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
@@ -194,11 +211,11 @@ def test_nothing_is_left_when_it_is_killed(make, nproc):
     process = start(config)
     wait_for(lambda: "train_inner" in read(config.folder / "train.log"))
     ranks = [pid(config, rank) for rank in range(nproc)]
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert not any(map(ended, [*ranks, *children]))
+    launched = [*ranks, *children(process.pid)]
+    assert not any(map(ended, launched))
     process.kill()
     process.wait()
-    wait_for(lambda: all(map(ended, [*ranks, *children])), seconds=10)
+    wait_for(lambda: all(map(ended, launched)), seconds=10)
 
 
 def test_two_machines_meet_and_share_a_run_folder(make):
