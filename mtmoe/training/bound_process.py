@@ -41,7 +41,7 @@ def main(parent: int, command: Sequence[str]) -> int:
     os.dup2(1, 2)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec would keep that
     try:
-        os.execvp(command[0], command)
+        os.execvp(command[0], list(command))
     except OSError as error:
         print(f"{command[0]} cannot be run: {error.strerror}", file=sys.stderr)
     return 127
