@@ -101,18 +101,18 @@ def put_aside(log: Path) -> None:
 def in_order(failures: dict[int, ProcessFailure], logs: RankLogs) -> list[int]:
     """Ranks that failed, the one whose failure the others most likely follow from first.
 
-    A rank that was killed comes before the exceptions that this caused in the others, unless the launcher killed it,
-    which it does half a minute after the first failure. Exceptions go by the time at which they were written down,
-    which is before the others can notice. What is left ended because it was told to.
+    Exceptions go by the time at which they were written down, which is before the others can notice. A rank that was
+    killed before it could write comes before the exceptions that this caused in the others, unless the launcher killed
+    it, which it does half a minute after the first failure. What is left ended because it was told to.
     """
     first = min(failure.timestamp for failure in failures.values())
 
     def key(rank: int) -> tuple[int, float, int]:
         failure = failures[rank]
-        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM and failure.timestamp <= first + 1:
-            return 0, 0, rank
         if logs.error(rank).is_file():
             return 1, logs.error(rank).stat().st_mtime_ns, rank
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM and failure.timestamp <= first + 1:
+            return 0, 0, rank
         return 2 + (failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM)), failure.timestamp, rank
 
     return sorted(failures, key=key)
@@ -129,8 +129,9 @@ def explain(failures: dict[int, ProcessFailure], logs: RankLogs) -> tuple[list[s
     for place, rank in enumerate(ranks):
         failure = failures[rank]
         message, trace = _recorded(failure)
-        ending = f": {message}" if place and message else ""
-        lines.append(f"rank {rank} {_ending(failure.exitcode)}{ending} ({logs.log(rank)})")
+        # What follows an error, such as being told to end, does not matter.
+        ending = f"failed: {message.partition(chr(10))[0]}" if message else _ending(failure.exitcode)
+        lines.append(f"rank {rank} {ending} ({logs.log(rank)})")
         if place == 0:
             shown = trace or _tail(logs.log(rank))
             lines += [f"  {line}" for line in shown]
@@ -140,6 +141,8 @@ def explain(failures: dict[int, ProcessFailure], logs: RankLogs) -> tuple[list[s
                     "needs more time: its log tells how far it came"
                 )
     code = failures[ranks[0]].exitcode
+    if _recorded(failures[ranks[0]])[0]:
+        code = 1
     return lines, code if code > 0 else 128 - code
 
 

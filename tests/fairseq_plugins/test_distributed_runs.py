@@ -115,8 +115,8 @@ def test_two_processes_train_one_model_and_go_on_with_it(train, tmp_path):
 def test_the_error_of_a_rank_is_shown(train, tmp_path):
     status, output = train(tmp_path / "run", fault="raise")
     assert status == 1
-    first = output[output.index("rank 1 failed with status 1 (") :]
-    assert first.index("ValueError: broken on purpose") < first.index("rank 0 failed with status 1: RuntimeError: ")
+    first = output[output.index("rank 1 failed: ValueError: broken on purpose (") :]
+    assert first.index('  raise ValueError("broken on purpose")') < first.index("rank 0 failed: RuntimeError: ")
     assert "broken on purpose" in (tmp_path / "run" / "logs" / "rank1.log").read_text()
 
 

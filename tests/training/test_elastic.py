@@ -259,6 +259,7 @@ def failure(logs, rank, exitcode, message=None, seconds=0.0):
         ([(1, "lost", 0.9), (-15, None, 1.1), (1, "cause", 0.8)], 2, 1),
         ([(1, "lost", 0.4), (-9, None, 0.5), (143, None, 0.5)], 1, 137),
         ([(143, None, 0.0), (-9, None, 30.0), (1, "cause", 0.0)], 2, 1),  # killed by the launcher, after its patience
+        ([(-15, "lost", 0.4), (-15, "cause", 0.3), (-6, "lost", 0.5)], 1, 1),  # told to end while they were failing
         ([(143, None, 0.0), (3, None, 0.0), (-15, None, 0.0)], 1, 3),
     ],
 )
