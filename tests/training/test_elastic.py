@@ -9,11 +9,13 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from mtmoe.cli import main
 from mtmoe.errors import ConfigError
 from mtmoe.training import launcher, preset, time_budget
 from mtmoe.training.elastic import RankLogs, explain, put_aside
@@ -45,6 +47,7 @@ while update < 30 or wait:
         time.sleep(0.5)
         print("saved after", signal.Signals(asked[0]).name, flush=True)
         sys.exit(128 + asked[0])
+    if update > 30 and "--silent" in words: continue  # as fairseq's logging, it survives that nobody reads
     metrics = {"loss": "2.5", "num_updates": str(update), "lr": "0.1", "ups": "3", "wps": "100"}
     print("2026-01-02 03:04:05 | INFO | train_inner |", json.dumps(metrics), flush=True)
 """
@@ -68,18 +71,27 @@ def make(tmp_path, monkeypatch):
     return config
 
 
-def start(config):
-    """`mtmoe train` as a process of its own."""
-    code = (
-        "from mtmoe.training import launcher, preset\n"
-        "import pathlib, sys\n"
-        f"preset._program = lambda name: pathlib.Path({str(Path(config.data).with_name('fairseq-train'))!r})\n"
-        f"config = preset.TrainConfig(**{ {name: getattr(config, name) for name in config.__dataclass_fields__}!r})\n"
-        "sys.exit(launcher.train(config, report=lambda line: print(line, flush=True)))\n"
-    )
-    words = [sys.executable, "-c", code]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+@pytest.fixture
+def start():
+    """Starts `mtmoe train` as a process of its own."""
+    begun = []
+
+    def begin(config):
+        code = (
+            "from mtmoe.training import launcher, preset\n"
+            "import pathlib, sys\n"
+            f"preset._program = lambda name: pathlib.Path({str(Path(config.data).with_name('fairseq-train'))!r})\n"
+            f"config = preset.TrainConfig(**{asdict(config)!r})\n"
+            "sys.exit(launcher.train(config, report=lambda line: print(line, flush=True)))\n"
+        )
+        words, env = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+        begun.append(process)
+        return process
+
+    yield begin
+    for process in begun:
+        process.kill()
 
 
 def rank_log(config, rank):
@@ -89,6 +101,17 @@ def rank_log(config, rank):
 def pid(config, rank):
     found = re.search(r"pid (\d+)", rank_log(config, rank) if config.nproc > 1 else read(config.folder / "train.log"))
     return int(found[1])
+
+
+def test_options_of_the_command_line_change_the_preset(make, monkeypatch):
+    path = Path(make().data).with_name("c.yaml")
+    path.write_text(f"data: {make().data}\noutput: o\nnproc: 3\nmax_restarts: 2\n")
+    seen = []
+    monkeypatch.setattr(launcher, "train", lambda config, **_: seen.append(config) or 0)
+    assert main(["train", str(path)]) == 0
+    assert main(["train", str(path), "--nproc", "2", "--nnodes", "2", "--rdzv-endpoint", "a:1", "--rdzv-id", "x"]) == 0
+    found = [(c.nproc, c.max_restarts, c.nnodes, c.rdzv_endpoint, c.rdzv_id, c.minutes) for c in seen]
+    assert found == [(3, 2, 1, "", "mtmoe", 0.0), (2, 2, 2, "a:1", "x", 0.0)]
 
 
 def read(path):
@@ -171,7 +194,7 @@ def test_all_start_again_as_often_as_allowed(make):
 
 
 @pytest.mark.parametrize(("number", "everywhere"), [(15, False), (2, False), (15, True)])
-def test_a_signal_reaches_every_rank(make, number, everywhere):
+def test_a_signal_reaches_every_rank(make, start, number, everywhere):
     number = signal.Signals(number)
     config = make(options={"wait": True, "save": True})
     process = start(config)
@@ -190,7 +213,7 @@ def test_a_signal_reaches_every_rank(make, number, everywhere):
     assert "training was stopped; the same command goes on with it" in output
 
 
-def test_a_second_signal_does_not_wait(make):
+def test_a_second_signal_does_not_wait(make, start):
     config = make(options={"wait": True, "save": True})
     process = start(config)
     wait_for(lambda: all("train_inner" in rank_log(config, rank) for rank in (0, 1)))
@@ -206,8 +229,8 @@ def test_a_second_signal_does_not_wait(make):
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_nothing_is_left_when_it_is_killed(make, nproc):
-    config = make(options={"wait": True, "save": True}, nproc=nproc)
+def test_nothing_is_left_when_it_is_killed(make, start, nproc):
+    config = make(options={"wait": True, "save": True, "silent": True}, nproc=nproc)
     process = start(config)
     wait_for(lambda: "train_inner" in read(config.folder / "train.log"))
     ranks = [pid(config, rank) for rank in range(nproc)]
@@ -215,10 +238,15 @@ def test_nothing_is_left_when_it_is_killed(make, nproc):
     assert not any(map(ended, launched))
     process.kill()
     process.wait()
-    wait_for(lambda: all(map(ended, launched)), seconds=10)
+    try:
+        wait_for(lambda: all(map(ended, launched)), seconds=10)
+    finally:
+        for number in launched:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
 
 
-def test_two_machines_meet_and_share_a_run_folder(make):
+def test_two_machines_meet_and_share_a_run_folder(make, start):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
