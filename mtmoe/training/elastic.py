@@ -180,6 +180,9 @@ def launch(args: argparse.Namespace) -> int:
     if host in LOCAL:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's name need not have an address
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", STOP_SECONDS)
+    if args.max_restarts:
+        # A new store for each start: torch would keep the old one, and gloo find the addresses of the dead ranks in it.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     logs = RankLogs(args.logs)
     config = LaunchConfig(
         min_nodes=args.nnodes, max_nodes=args.nnodes, nproc_per_node=args.nproc, max_restarts=args.max_restarts,
