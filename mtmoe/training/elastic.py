@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mtmoe.training.bound_process import bound
@@ -198,6 +199,12 @@ def launch(args: argparse.Namespace) -> int:
         lines, status = explain(failed.failures, logs)
         print("\n".join(lines))
         return status
+    except RendezvousError as error:
+        print(
+            f"{args.nnodes} machines did not meet at {args.rdzv_endpoint}: {error}. Is that one of them, can the "
+            "others reach this port of it, and were all started with the same --nnodes and --rdzv-id?"
+        )
+        return 1
     return 0
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
 from mtmoe.cli import main
 from mtmoe.errors import ConfigError
-from mtmoe.training import launcher, preset, time_budget
+from mtmoe.training import elastic, launcher, preset, time_budget
 from mtmoe.training.elastic import RankLogs, explain, put_aside
 from mtmoe.training.preset import TrainConfig, load_config
 from mtmoe.training.process import ECHO_SECONDS, build_environment
@@ -307,6 +308,25 @@ def test_a_rank_that_waited_in_vain_is_told_what_to_do(tmp_path):
     logs = RankLogs(tmp_path)
     lines, _ = explain({1: failure(logs, 1, 1, "RuntimeError: Timed out waiting 5000ms for recv")}, logs)
     assert "as long as --collective-timeout allows" in lines[-1]
+
+
+def test_machines_that_do_not_meet_are_told_what_to_look_at(tmp_path, monkeypatch, capsys):
+    def refuse(config, program):
+        assert (config.max_nodes, config.rdzv_endpoint, config.run_id) == (2, "node1:29500", "mine")
+        raise RendezvousTimeoutError("nobody came")
+
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "9")  # not to be set in the process of the tests
+    monkeypatch.setattr(elastic, "elastic_launch", refuse)
+    words = ["--logs", str(tmp_path), "--nproc", "2", "--nnodes", "2", "--rdzv-id", "mine"]
+    assert elastic.main([*words, "--rdzv-endpoint", "node1:29500", "--", "program"]) == 1
+    assert "2 machines did not meet at node1:29500: nobody came. Is that one of them" in capsys.readouterr().out
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(elastic.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(elastic.torch.cuda, "device_count", lambda: 2)
+    assert elastic.main(["--logs", str(tmp_path), "--nproc", "4", "--", "program"]) == 1
+    assert "nproc=4 needs as many GPUs, and 2 can be seen; give --nproc 2, or --set cpu=true" in capsys.readouterr().out
 
 
 def test_logs_of_earlier_starts_are_kept(tmp_path):
