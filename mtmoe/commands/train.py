@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from dataclasses import replace
+from typing import Any
 
 from mtmoe.training import launcher
 from mtmoe.training.preset import build_command, load_config
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="change a key of the preset, or any option of fairseq-train, such as lr=0.001; may be repeated",
     )  # fmt: skip
-    of_preset = {"default": argparse.SUPPRESS}  # what is not given is as the preset says
+    of_preset: dict[str, Any] = {"default": argparse.SUPPRESS}  # what is not given is as the preset says
     parser.add_argument("--minutes", type=float, help="time budget of training", **of_preset)
     parser.add_argument(
         "--resume", choices=["auto", "never"], default="auto",
