@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,15 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
+from torch.distributed import distributed_c10d
 
 from fairseq_plugins import checkpoints
+from fairseq_plugins.processes import COLLECTIVE_TIMEOUT, record_errors
 from fairseq_plugins.restarting import restart_at_phases
 from fairseq_plugins.rollback import recovering
 from fairseq_plugins.stopping import stopping
 from fairseq_plugins.tasks.validation import TRAIN_SAMPLE
+from mtmoe.errors import ConfigError
 
 _done = False
 
@@ -38,6 +42,8 @@ def repair() -> None:
         score_train_sample()
         restart_at_phases()
         start_without_gpu()
+        limit_waiting()
+        record_errors()
         seed_without_gpu()
         read_options_fast()
         quiet()
@@ -111,29 +117,60 @@ def _training_modules() -> list[Any]:
 
 
 def start_without_gpu() -> None:
-    """Let torchrun start training on CPUs.
+    """Let torchrun start training on CPUs, on one machine or several, and with fewer processes than GPUs.
 
     Without GPUs fairseq takes each process for a run of its own, and all would write the same checkpoints; told
-    otherwise, it divides by the number of GPUs and asks for NCCL.
+    otherwise, it divides by the number of GPUs, asks for NCCL, and starts as many processes as there are GPUs: none.
+    With ``--cpu`` on a machine that has GPUs it asks for NCCL as well. And it takes the number of a process among all
+    machines for that of its GPU, which only fits where each has as many processes as GPUs.
     """
-    if torch.cuda.is_available():
-        return
-    infer = distributed_utils.infer_init_method
+    infer, call_main = distributed_utils.infer_init_method, distributed_utils.call_main
 
     def infer_init_method(cfg: Any, force_distributed: bool = False) -> None:
         started = all(name in os.environ for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK"))
-        if cfg.distributed_init_method is not None or not started or int(os.environ["WORLD_SIZE"]) == 1:
-            infer(cfg, force_distributed)
+        if cfg.distributed_init_method is None and started and int(os.environ["WORLD_SIZE"]) > 1:
+            cfg.distributed_init_method = "env://"
+            cfg.distributed_world_size, cfg.distributed_rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+            cfg.device_id = int(os.environ.get("LOCAL_RANK", 0))
+            cfg.distributed_no_spawn = True
             return
-        cfg.distributed_init_method = "env://"
-        cfg.distributed_world_size, cfg.distributed_rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-        cfg.device_id = int(os.environ.get("LOCAL_RANK", 0))
-        cfg.distributed_no_spawn = True
-        cfg.distributed_backend = "gloo"
-        if cfg.ddp_backend in ("c10d", "pytorch_ddp"):
-            cfg.ddp_backend = "legacy_ddp"  # the other one is given a GPU's number
+        slurm = "SLURM_JOB_NODELIST" in os.environ or "SLURM_STEP_NODELIST" in os.environ
+        alone = cfg.distributed_init_method is None and not slurm and not torch.cuda.is_available()
+        if alone and cfg.distributed_world_size > 1:
+            count = cfg.distributed_world_size
+            raise ConfigError(
+                f"--distributed-world-size {count} without GPUs: nobody starts the other processes; use "
+                f"`mtmoe train --nproc {count}` or `torchrun --nproc-per-node {count}`"
+            )
+        infer(cfg, force_distributed)
 
-    distributed_utils.infer_init_method = infer_init_method
+    def main_on_cpus(cfg: Any, main: Any, **kwargs: Any) -> None:
+        distributed = cfg.distributed_training
+        if distributed.distributed_init_method is None:
+            infer_init_method(distributed)
+        if distributed.distributed_init_method is not None and (cfg.common.cpu or not torch.cuda.is_available()):
+            distributed.distributed_no_spawn = True
+            distributed.distributed_backend = "gloo"
+            if distributed.ddp_backend in ("c10d", "pytorch_ddp"):
+                distributed.ddp_backend = "legacy_ddp"  # the other one is given a GPU's number
+        call_main(cfg, main, **kwargs)
+
+    distributed_utils.infer_init_method, distributed_utils.call_main = infer_init_method, main_on_cpus
+
+
+def limit_waiting() -> None:
+    """Let processes wait for each other for ``--collective-timeout`` seconds at most.
+
+    fairseq gives no limit to the groups that it makes. They take torch's default, which is half an hour with gloo.
+    """
+    call_main = distributed_utils.call_main
+
+    def main_with_limit(cfg: Any, main: Any, **kwargs: Any) -> None:
+        limit = timedelta(seconds=getattr(cfg.task, "collective_timeout", COLLECTIVE_TIMEOUT))
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
+        call_main(cfg, main, **kwargs)
+
+    distributed_utils.call_main = main_with_limit
 
 
 def seed_without_gpu() -> None:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import time
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import TypeVar
 
 import torch
 
 from mtmoe.errors import MtmoeError
+from mtmoe.files import write_json
 
 T = TypeVar("T")
+
+COLLECTIVE_TIMEOUT = 600.0
+"""Seconds that a process waits for the others before it ends with an error: torch's default with NCCL. A validation or
+a checkpoint that takes longer on one process wants more."""
 
 
 def distributed() -> bool:
@@ -41,3 +52,22 @@ def from_first(choose: Callable[[], T]) -> T:
     if isinstance(box[0], MtmoeError):
         raise box[0]
     return box[0]  # type: ignore[return-value]
+
+
+def record_errors() -> None:
+    """Write the error that ends a process where torch's elastic launcher looks for it, as its decorator `record` does.
+
+    That one wraps a function of the program; here the program is fairseq's.
+    """
+    path, hook = os.environ.get("TORCHELASTIC_ERROR_FILE"), sys.excepthook
+    if not path:
+        return
+
+    def recording(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        lines = "".join(traceback.format_exception(kind, error, trace))
+        extra = {"py_callstack": lines, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):  # a full disk: the log has the error, perhaps
+            write_json(path, {"message": {"message": f"{kind.__name__}: {error}", "extraInfo": extra}})
+        hook(kind, error, trace)
+
+    sys.excepthook = recording

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -12,6 +14,7 @@ from fairseq import checkpoint_utils
 
 from fairseq_plugins.checkpoints import last_save
 from fairseq_plugins.processes import distributed, largest
+from mtmoe.training.process import ECHO_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,7 @@ class Stopper:
     def __init__(self) -> None:
         self.signal = 0
         """Number of the signal that came; 0 = none."""
+        self._since = 0.0
 
     def install(self) -> None:
         """Catch the signals from now on; only the main thread may, others leave it."""
@@ -36,9 +40,12 @@ class Stopper:
                 signal.signal(number, self._catch)
 
     def _catch(self, number: int, _: FrameType | None) -> None:
-        self.signal = number
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self._since = number, now
+        elif now - self._since > ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def agreed(self) -> bool:
         """Whether any process of the run was asked; all processes have to call this together."""
@@ -78,6 +85,7 @@ def stopping(validate_and_save: Any) -> Any:
                     return result  # the others learn of it after the next update
         checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
         last_save.check()
+        largest(0)  # nobody leaves while one still writes: launchers end all when one has ended
         logger.warning(
             "stopped by %s after update %d; run the same command again to go on from %s/checkpoint_last.pt",
             signal.Signals(stopper.signal).name, trainer.get_num_updates(), cfg.checkpoint.save_dir,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from omegaconf import II, MISSING
 from torch import Tensor
 
+from fairseq_plugins.processes import COLLECTIVE_TIMEOUT
 from fairseq_plugins.stopping import stopper
 from fairseq_plugins.tasks.batch_iterators import FixedBatches, TrainingEpochs
 from fairseq_plugins.tasks.parallel_dataset import Direction, ParallelDataset, Side, read_side
@@ -108,6 +109,10 @@ class MtmoeTranslationConfig(FairseqDataclass):
     rollback_lr_factor: float = field(
         default=0.5, metadata={"help": "multiplies the learning rate, from there on, each time that it goes back"}
     )
+    collective_timeout: float = field(
+        default=COLLECTIVE_TIMEOUT,
+        metadata={"help": "seconds that a process waits for the others before it ends training with an error"},
+    )
     max_source_positions: int = field(default=1024, metadata={"help": "most tokens of a source, with its tag"})
     max_target_positions: int = field(default=1024, metadata={"help": "most tokens of a target"})
     seed: int = II("common.seed")
@@ -170,6 +175,8 @@ class MtmoeTranslationTask(FairseqTask):
                         f"language {language!r} of {name} has no tag in {folder / 'dict.txt'}; "
                         f"it has: {', '.join(listed['languages'])}"
                     )
+        if cfg.collective_timeout <= 0:
+            raise ConfigError(f"collective-timeout={cfg.collective_timeout:g} must be above 0 seconds")
         if not 0 < cfg.rollback_lr_factor <= 1:
             raise ConfigError(f"rollback-lr-factor={cfg.rollback_lr_factor:g} must be above 0, and 1 at most")
         logger.info("%d directions, %d words in the dictionary", len(directions), len(dictionary))

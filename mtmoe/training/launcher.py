@@ -23,7 +23,7 @@ import yaml
 from mtmoe.errors import ConfigError, DataError
 from mtmoe.files import write_json, write_text
 from mtmoe.training.preset import TrainConfig, build_command
-from mtmoe.training.process import MALLOC_SETTINGS, build_environment, run_process
+from mtmoe.training.process import MALLOC_SETTINGS, build_environment, run_training
 from mtmoe.training.run_curves import try_report
 from mtmoe.training.run_log import RunLog
 from mtmoe.training.time_budget import time_budget
@@ -33,8 +33,9 @@ def train(config: TrainConfig, *, resume: bool = True, report: Callable[[str], N
     """Run a preset to its end, or go on with it.
 
     Writes in the run folder: ``checkpoints/``, ``log.jsonl`` (a JSON object for each line of metrics), ``train.log``
-    (all that fairseq prints), ``command.txt``, ``run.json``, with a time budget ``calibration.json`` and, in the end,
-    ``validation.md``, ``.json`` and ``.svg``: what each direction was at its best, and what it lost since.
+    (all that fairseq prints), with several processes ``logs/rank0.log`` and so on, ``command.txt``, ``run.json``, with
+    a time budget ``calibration.json`` and, in the end, ``validation.md``, ``.json`` and ``.svg``: what each direction
+    was at its best, and what it lost since.
 
     Args:
         config: the preset.
@@ -64,16 +65,21 @@ def train(config: TrainConfig, *, resume: bool = True, report: Callable[[str], N
     write_text(config.folder / "command.txt", shlex.join(command) + "\n")
     write_json(config.folder / "run.json", describe_run(config, command, environment))
     report(shlex.join(command))
+    if config.distributed:
+        machines = f" on each of {config.nnodes} machines" if config.nnodes > 1 else ""
+        report(f"processes: {config.nproc}{machines}; their logs are {config.folder / 'logs'}/rank*.log")
     if last.exists():
         report(f"resuming from {last}")
     log = RunLog(config.folder, report)
     with log:
-        status = run_process(command, environment, log.line)
+        status = run_training(config, command, environment, log.line, log.note)
     try_report(config.folder)
     if status == 0:
         report(f"training is done: {config.folder / 'checkpoints'}")
     elif status in (128 + signal.SIGTERM, 128 + signal.SIGINT):
         report("training was stopped; the same command goes on with it")
+    elif config.distributed:  # the launcher has said why
+        report(f"training ended with status {status}; the logs of all processes are in {config.folder / 'logs'}")
     else:
         report(f"fairseq-train ended with status {status}; the end of {config.folder / 'train.log'} says why:")
         for line in log.tail:

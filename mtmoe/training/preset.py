@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,17 @@ class TrainConfig:
     minutes: float = 0.0
     """Time budget of training; max-update then follows from a short calibration. 0 = as options say."""
     threads: int = 0
-    """OMP_NUM_THREADS of training; 0 = one a core that this process may use."""
+    """OMP_NUM_THREADS of each process; 0 = the cores that this process may use, divided between those of training."""
+    nproc: int = 1
+    """Processes of training on this machine; with GPUs, one for each."""
+    max_restarts: int = 0
+    """Times that all processes start again from the last checkpoint when one of several has failed."""
+    nnodes: int = 1
+    """Machines that train together, each with `nproc` processes and the same run folder."""
+    rdzv_endpoint: str = ""
+    """``host:port`` of one of the machines, at which they meet; "" = there is only this one."""
+    rdzv_id: str = "mtmoe"
+    """Name of the run at that endpoint, the same on all machines."""
     allocator: str = "auto"
     """"auto": tcmalloc where it is installed, else glibc with settings for training; "system": leave it alone."""
 
@@ -50,10 +61,25 @@ class TrainConfig:
             raise ConfigError(f"minutes={self.minutes} must not be negative; 0 = no budget")
         if self.allocator not in ("auto", "system"):
             raise ConfigError(f"allocator={self.allocator!r} is unknown; choose one of: auto, system")
+        for name, least in (("nproc", 1), ("nnodes", 1), ("max_restarts", 0)):
+            number = getattr(self, name)
+            if not isinstance(number, int) or number < least:
+                raise ConfigError(f"{name}={number!r} must be a whole number, {least} at least")
+        if self.rdzv_endpoint and not re.fullmatch(r".+:\d+", self.rdzv_endpoint):
+            raise ConfigError(f"rdzv_endpoint={self.rdzv_endpoint!r} must be host:port, such as node1:29500")
+        if self.nnodes > 1 and not self.rdzv_endpoint:
+            raise ConfigError(f"nnodes={self.nnodes} needs rdzv_endpoint: host:port of one of the machines")
+        if self.nnodes > 1 and self.minutes:
+            raise ConfigError("minutes are measured on one machine; with nnodes give max-update among the options")
         fields = {"save-dir", "user-dir", "arch", "task", "criterion", "optimizer", "curriculum-file"}
         fixed = fields & set(self.options)
         if fixed:
             raise ConfigError(f"options must not set {', '.join(sorted(fixed))}; that is set outside of options")
+
+    @property
+    def distributed(self) -> bool:
+        """Whether training has several processes."""
+        return self.nproc * self.nnodes > 1
 
     @property
     def folder(self) -> Path:

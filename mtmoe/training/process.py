@@ -7,10 +7,13 @@ import logging
 import os
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mtmoe.training.bound_process import bound
 from mtmoe.training.preset import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -32,14 +35,23 @@ ONEDNN_KERNELS = "10240"
 product of 1000 x 256 x 256 itself), and the demo's batches come in 172 numbers of rows; its default of 1,024 would
 forget many before they come round again. A kernel takes some 0.1 MB."""
 
+RANK_0 = "\x1e"
+"""Stands before each line of rank 0 in the output of `mtmoe.training.elastic`; no text has that character."""
+
+ECHO_SECONDS = 3.0
+"""For which a second signal counts as the first once more. Slurm and systemd send theirs to each process of a run, so
+that training gets it from them and from the one that has started it."""
+
 
 def build_environment(config: TrainConfig, report: Callable[[str], None] = logger.info) -> dict[str, str]:
     """The variables that the training process runs under; says on `report` what they set, and what is missing."""
     environment = dict(os.environ)
-    threads = config.threads or len(os.sched_getaffinity(0))
+    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // config.nproc)
     environment["OMP_NUM_THREADS"] = str(threads)
-    report(f"threads: {threads}")
+    report(f"threads: {threads}" + (f" for each of {config.nproc} processes" if config.nproc > 1 else ""))
     if config.options.get("cpu"):
+        if config.distributed:
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # fairseq's processes would still meet over the GPUs
         from mtmoe.kernels import extension  # torch takes a second to load
 
         missing = extension.why_not()
@@ -69,8 +81,51 @@ def find_tcmalloc(folders: Sequence[str] = LIBRARY_FOLDERS) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def run_training(
+    config: TrainConfig,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    line: Callable[[str], Any],
+    note: Callable[[str], Any],
+    logs: Path | None = None,
+) -> int:
+    """Run the command of a preset in as many processes as it says; as `run_process` otherwise.
+
+    Args:
+        config: the preset.
+        command: words; each process runs them.
+        environment: their variables.
+        line: gets each line of rank 0; a true answer stops training.
+        note: gets each line of the launcher: restarts, and which rank failed.
+        logs: folder of a log of each rank, where there are several; by default ``logs`` in the run folder.
+
+    Returns:
+        The exit status: that of the rank that failed first, 128 + the signal's number if a signal ended training.
+    """
+    if not config.distributed:
+        return run_process(command, environment, line)
+
+    def sort(text: str) -> Any:
+        if text.startswith(RANK_0):
+            # Also inside the line: the launcher marks the parts of one that it had read while it was being written.
+            return line(text.replace(RANK_0, ""))
+        note(text)
+        return False
+
+    return run_process(elastic_command(config, command, logs or config.folder / "logs"), environment, sort)
+
+
+def elastic_command(config: TrainConfig, command: Sequence[str], logs: Path) -> list[str]:
+    """The words that run `command` in the processes that a preset has on this machine; their logs go into `logs`."""
+    words = [sys.executable, "-m", "mtmoe.training.elastic", "--logs", str(logs), "--nproc", str(config.nproc)]
+    words += ["--nnodes", str(config.nnodes), "--max-restarts", str(config.max_restarts)]
+    if config.rdzv_endpoint:
+        words += ["--rdzv-endpoint", config.rdzv_endpoint, "--rdzv-id", config.rdzv_id]
+    return [*words, "--", *command]
+
+
 def run_process(command: Sequence[str], environment: Mapping[str, str], line: Callable[[str], Any]) -> int:
-    """Run a command, give its output to `line`, and pass signals on to it.
+    """Run a command, give its output to `line`, and pass signals on to it. It ends when this process does.
 
     Args:
         command: words.
@@ -81,11 +136,11 @@ def run_process(command: Sequence[str], environment: Mapping[str, str], line: Ca
         Its exit status, 128 + the signal's number if a signal ended it.
     """
     process = subprocess.Popen(
-        command, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        start_new_session=True,  # the terminal's Ctrl-C comes to us alone, and we pass it on once
+        bound(command), env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", start_new_session=True,  # the terminal's Ctrl-C comes to us alone, and we pass it on once
     )  # fmt: skip
     assert process.stdout is not None
-    with _forwarding(process):
+    with _forwarding(process) as seen:
         stopped = False
         try:
             for text in process.stdout:
@@ -99,23 +154,37 @@ def run_process(command: Sequence[str], environment: Mapping[str, str], line: Ca
         finally:
             process.stdout.close()
             status = process.wait()
+    if len(seen) > 1:
+        return 128 + seen[-1]
     return 128 - status if status < 0 else status
 
 
 @contextlib.contextmanager
-def _forwarding(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Send SIGTERM and SIGINT of this process to `process` while the block runs."""
+def _forwarding(process: subprocess.Popen[str]) -> Iterator[list[int]]:
+    """Send SIGTERM and SIGINT of this process to `process` while the block runs; a second one, later, ends it at once.
+
+    Yields:
+        The signals that have come so far.
+    """
+    seen: list[int] = []
+    since = 0.0
 
     def forward(number: int, _: Any) -> None:
+        nonlocal since
+        if seen and time.monotonic() - since < ECHO_SECONDS:
+            return
+        since = time.monotonic()
+        seen.append(number)
         with contextlib.suppress(ProcessLookupError):
-            process.send_signal(number)
+            # Not the second one itself: torch's launcher would go on waiting for its ranks.
+            process.send_signal(number if len(seen) == 1 else signal.SIGKILL)
 
     before = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         with contextlib.suppress(ValueError):  # not the main thread: whoever runs us there has to stop the process
             before[number] = signal.signal(number, forward)
     try:
-        yield
+        yield seen
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -45,6 +45,11 @@ class RunLog:
         elif "WARNING" in text or "ERROR" in text:
             self.report(text.split(" | ", 3)[-1])
 
+    def note(self, text: str) -> None:
+        """Take a line of the launcher of several processes: it goes to the text and to the screen."""
+        self._text.add(text)
+        self.report(text)
+
 
 class _Lines:
     """Adds whole lines to a file; a full disk costs the lines that do not fit, not the training that they are of."""

@@ -13,7 +13,7 @@ from typing import Any
 from mtmoe.errors import ConfigError, MtmoeError
 from mtmoe.files import write_json
 from mtmoe.training.preset import TrainConfig, build_command
-from mtmoe.training.process import run_process
+from mtmoe.training.process import run_training
 from mtmoe.training.run_log import parse_metrics
 
 CALIBRATION_SECONDS = 40.0
@@ -81,7 +81,8 @@ def calibrate(config: TrainConfig, environment: Mapping[str, str]) -> dict[str, 
             validate_interval_updates=100 if validates else None, save_interval_updates=None, stop_time_hours=None,
         )  # fmt: skip
         watch = _Calibration()
-        status = run_process(command, environment, watch.line)
+        logs = Path(folder) / "logs"
+        status = run_training(config, command, environment, watch.line, watch.lines.append, logs)
     if len(watch.steady) < 2:
         tail = "\n  ".join(watch.lines[-15:])
         raise MtmoeError(f"the training to measure the rate of updates ended with status {status}:\n  {tail}")

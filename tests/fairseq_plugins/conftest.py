@@ -89,6 +89,25 @@ def run(words: list[str], check: bool = True, **kwargs) -> subprocess.CompletedP
     return done
 
 
+def run_until(words: list[str], update: int = 0, number: int = 0) -> tuple[int, str]:
+    """Start training, and send it a signal once it has printed that update; 0 = none.
+
+    Returns:
+        Its exit status, and what it printed.
+    """
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()
+    )  # fmt: skip
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        found = losses(line)
+        if number and found and max(found) >= update:
+            process.send_signal(number)
+            number = 0
+    return process.wait(), "".join(lines)
+
+
 def losses(output: str) -> dict[int, str]:
     """Update -> the loss that fairseq printed for it, digit by digit."""
     found = {}
@@ -105,6 +124,7 @@ def fairseq():
     return SimpleNamespace(
         root=ROOT,
         run=run,
+        run_until=run_until,
         environment=environment,
         command=command,
         train_command=train_command,

@@ -2,7 +2,6 @@
 
 import shlex
 import signal
-import subprocess
 
 import pytest
 import torch
@@ -78,18 +77,7 @@ def test_a_broken_run_decides_and_trains_as_an_unbroken_one(fairseq, words, unbr
     parts = []
     # Killed after a checkpoint, then stopped at an update at which a validation is due.
     for update, number in ((25, signal.SIGKILL), (32, signal.SIGTERM), (0, 0)):
-        process = subprocess.Popen(
-            words(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=fairseq.environment()
-        )
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            found = fairseq.losses(line)
-            if number and found and max(found) >= update:
-                process.send_signal(number)
-                number = 0
-        process.wait()
-        parts.append("".join(lines))
+        parts.append(fairseq.run_until(words(tmp_path), update, number)[1])
     expected = fairseq.losses(whole)
     for part in parts:
         losses = fairseq.losses(part)

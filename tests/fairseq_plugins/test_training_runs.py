@@ -5,7 +5,6 @@ import multiprocessing
 import random
 import shlex
 import signal
-import subprocess
 import time
 
 import pytest
@@ -38,29 +37,14 @@ def unbroken(fairseq, toy_data, curriculum_file, tmp_path_factory):
     return save, fairseq.run(words).stdout
 
 
-def run_until(fairseq, words, update, number):
-    """Start training and send it a signal once it has printed that update."""
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=fairseq.environment()
-    )
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        found = fairseq.losses(line)
-        if number and found and max(found) >= update:
-            process.send_signal(number)
-            number = 0
-    return process.wait(), "".join(lines)
-
-
 def test_a_broken_run_goes_on_as_if_nothing_had_happened(fairseq, toy_data, curriculum_file, unbroken, tmp_path):
     whole_folder, whole = unbroken
     words = fairseq.train_command(toy_data, tmp_path, *OPTIONS, "--curriculum-file", curriculum_file)
     seed = random.randrange(1000)
     kill_at = 25 + seed % 20
-    status, first = run_until(fairseq, words, kill_at, signal.SIGKILL)
+    status, first = fairseq.run_until(words, kill_at, signal.SIGKILL)
     assert status == -signal.SIGKILL
-    status, second = run_until(fairseq, words, 70 + seed % 40, signal.SIGTERM)
+    status, second = fairseq.run_until(words, 70 + seed % 40, signal.SIGTERM)
     assert status == 143
     assert "run the same command again to go on" in second
     third = fairseq.run(words).stdout
