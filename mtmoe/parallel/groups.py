@@ -59,5 +59,9 @@ def build_groups(layout: Layout, timeout: timedelta | None = None) -> Groups:
 
 
 def _own(members: Iterable[Sequence[int]], rank: int, timeout: timedelta | None) -> ProcessGroup:
-    groups = [(rank in each, distributed.new_group(list(each), timeout=timeout)) for each in members]
-    return next(group for inside, group in groups if inside)
+    own: ProcessGroup | None = None
+    for ranks in members:
+        group = distributed.new_group(list(ranks), timeout=timeout)
+        own = group if rank in ranks else own
+    assert own is not None  # each rank is in one of them
+    return own
