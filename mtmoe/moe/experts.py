@@ -35,7 +35,8 @@ class ExpertBank(nn.Module):
         config: of the layer.
         backend: forces an implementation, as in `MoELayer`.
         local: numbers of the experts that this process holds; None for all `num_experts`. Otherwise the parameters
-            have an attribute ``expert``, by which a trainer tells them from replicated ones.
+            have the attributes ``expert = True``, by which a trainer tells them from replicated ones, and
+            ``local_experts``, these numbers.
     """
 
     def __init__(self, config: MoEConfig, backend: str | None = None, local: range | None = None) -> None:
@@ -51,7 +52,7 @@ class ExpertBank(nn.Module):
         self.reset_parameters()
         if len(self.local) < config.num_experts:
             for parameter in self.parameters():
-                parameter.expert = True  # type: ignore[attr-defined]
+                parameter.expert, parameter.local_experts = True, self.local  # type: ignore[attr-defined]
 
     def reset_parameters(self) -> None:
         """Draw each expert as torch's Linear is drawn, with the standard deviation times sqrt(init_scale).

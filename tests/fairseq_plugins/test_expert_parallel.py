@@ -1,0 +1,119 @@
+"""Runs of fairseq-train whose processes share out the experts, against others, and options that do not go together."""
+
+import shlex
+import socket
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fairseq_plugins import expert_checkpoints, expert_parallel
+from mtmoe.errors import ConfigError
+from mtmoe.moe import MoEConfig
+from mtmoe.moe.experts import ExpertBank
+
+# Every method that draws; two sentences a batch, and a number of batches that is odd in many epochs.
+MODEL = shlex.split(
+    "--arch mtmoe_transformer_tiny --encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 16 --decoder-embed-dim 16 "
+    "--encoder-ffn-embed-dim 16 --decoder-ffn-embed-dim 16 --moe-freq 2 --num-experts 4 --eom 0.2 --fom 0.1 "
+    "--cmr --cmr-gate-drop 0.2 --second-expert-policy random --dropout 0 --attention-dropout 0 "
+    "--max-sentences 2 --required-batch-size-multiple 1 --disable-validation"
+)
+UPDATES = 6
+
+
+@pytest.fixture
+def train(fairseq, toy_data, tmp_path):
+    def run(processes: int, name: str, *options: object) -> dict[int, list[float]]:
+        words = fairseq.train_command(toy_data, tmp_path / name, *MODEL, *options)
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            launcher = ("--nproc_per_node", processes, "--master_addr", "127.0.0.1", "--master_port", port)
+            words = [*fairseq.command("torchrun", *launcher), *words]
+        printed = fairseq.losses(fairseq.run(words, timeout=280).stdout)
+        return {update: [float(number) for number in line.split()] for update, line in printed.items()}
+
+    return run
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_experts_train_as_one(train):
+    """One process has the batches one after the other, so the losses that need all of them at once are left out."""
+    options = ["--max-update", UPDATES, "--load-balance-loss-weight", 0, "--cmr-loss-weight", 0]
+    one = train(1, "one", *options, "--layout-invariant", "--update-freq", 2)
+    two = train(2, "two", *options, "--expert-parallel-size", 2)
+    assert sorted(two) == sorted(one) == list(range(1, UPDATES + 1))
+    for update, numbers in one.items():  # loss without and with smoothing, gradient norm, as printed
+        assert two[update] == pytest.approx(numbers, abs=2.1e-3)
+
+
+@pytest.mark.slow
+def test_layouts_train_alike_and_take_over_each_others_checkpoints(train):
+    whole = train(2, "data", "--max-update", UPDATES, "--layout-invariant")
+    first = train(2, "experts", "--max-update", 3, "--expert-parallel-size", 2)
+    second = train(2, "experts", "--max-update", 5, "--layout-invariant")
+    third = train(2, "experts", "--max-update", UPDATES, "--expert-parallel-size", 2)
+    assert (sorted(first), sorted(second), sorted(third)) == ([1, 2, 3], [4, 5], [6])
+    for update, numbers in {**first, **second, **third}.items():
+        assert whole[update] == pytest.approx(numbers, abs=2.1e-3)
+
+
+def options(**changes) -> SimpleNamespace:
+    values = {
+        "expert_parallel_size": 2, "layout_invariant": False, "ddp_backend": "legacy_ddp", "zero_sharding": "none",
+        "store_ema": False,
+    }  # fmt: skip
+    return SimpleNamespace(**(values | changes))
+
+
+def test_options_that_would_mix_up_experts_are_refused():
+    expert_parallel.check(options())
+    expert_parallel.check(options(expert_parallel_size=1, ddp_backend="pytorch_ddp"))
+    with pytest.raises(ConfigError, match="--ddp-backend pytorch_ddp does not work.*use --ddp-backend legacy_ddp"):
+        expert_parallel.check(options(ddp_backend="pytorch_ddp"))
+    with pytest.raises(ConfigError, match="--zero-sharding os does not work"):
+        expert_parallel.check(options(zero_sharding="os"))
+    with pytest.raises(ConfigError, match="--store-ema does not work"):
+        expert_parallel.check(options(store_ema=True))
+    with pytest.raises(ConfigError, match="needs as many processes, but there is one.*torchrun --nproc_per_node 2"):
+        expert_parallel.check_training(options())
+    with pytest.raises(ConfigError, match="needs --optimizer mtmoe_adamw"):
+        expert_parallel.share(object(), SimpleNamespace(size=2), "world_size")
+    assert expert_parallel.start(options()) is None  # one process, as when a trained model is read for decoding
+
+
+def test_a_batch_that_only_keeps_others_company_counts_as_padding():
+    step = expert_parallel.Step(1, 2, torch.tensor([5, 9]), counts=False)
+    assert step.padding(None, 3).all() and step.padding(None, 3).shape == (3, 2)
+    assert expert_parallel.Step(1, 2, torch.tensor([5, 9]), counts=True).padding(None, 3) is None
+    keys = step.keys(layer=4, length=3)
+    assert (keys.seed, keys.update, keys.layer) == (1, 2, 4)
+    assert (keys.tokens[1] - keys.tokens[0]).tolist() == [1, 1]
+
+
+def test_the_optimisers_state_of_all_experts_is_cut_to_ones_own():
+    bank = ExpertBank(MoEConfig(d_model=3, d_ffn=2, num_experts=4), local=range(2, 4))
+    parameters = [torch.nn.Parameter(torch.zeros(4)), bank.b_in]
+    states = {
+        number: {"step": 7, "exp_avg": torch.arange(4.0), "exp_avg_sq": torch.arange(4.0), "touched": [1, 2, 3, 4]}
+        for number in range(2)
+    }
+    cut = expert_checkpoints.take_local({"state": states, "param_groups": []}, parameters)["state"]
+    assert cut[0] is states[0]
+    assert cut[1]["exp_avg"].tolist() == [2, 3] and cut[1]["touched"] == [3, 4] and cut[1]["step"] == 7
+    assert len(states[1]["exp_avg"]) == 4
+
+
+def test_nothing_is_written_without_the_experts_of_others():
+    written = []
+    save = expert_checkpoints.only_whole(lambda trainer, filename, extra: written.append(filename))
+    trainer = SimpleNamespace(task=SimpleNamespace(parallel=SimpleNamespace(size=2)))
+    save(trainer, "crash.pt", {})
+    assert not written
+    trainer.gathered_experts = {}
+    save(trainer, "checkpoint_last.pt", {})
+    trainer.task.parallel = None
+    save(trainer, "crash.pt", {})
+    assert written == ["checkpoint_last.pt", "crash.pt"]
