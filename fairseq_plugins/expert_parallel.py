@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.distributed.legacy_distributed_data_parallel import LegacyDistributedDataParallel
 from omegaconf import II
 from torch import Tensor
 
@@ -16,9 +17,6 @@ from mtmoe.moe.keyed import DrawKeys, token_numbers
 from mtmoe.parallel import EXPERT_GRADIENT_SCALES, ExpertParallel, Layout, build_groups
 
 logger = logging.getLogger(__name__)
-
-SUMMED_DDP = ("legacy_ddp", "no_c10d")
-"""fairseq's names of the wrapper that leaves the gradients of experts to their owners, and sums up after backward."""
 
 
 @dataclass
@@ -42,7 +40,6 @@ class ExpertParallelOptions(FairseqDataclass):
             "position, so that any number of processes trains alike; always with --expert-parallel-size above 1"
         },
     )
-    ddp_backend: str = II("distributed_training.ddp_backend")
     zero_sharding: str = II("distributed_training.zero_sharding")
     store_ema: bool = II("ema.store_ema")  # type: ignore[assignment]
 
@@ -110,13 +107,12 @@ def check(cfg: Any) -> None:
     if cfg.expert_parallel_size == 1:
         return
     wrong = {
-        f"--ddp-backend {cfg.ddp_backend}": "use --ddp-backend legacy_ddp" if cfg.ddp_backend not in SUMMED_DDP else "",
-        f"--zero-sharding {cfg.zero_sharding}": "leave it out" if cfg.zero_sharding != "none" else "",
-        "--store-ema": "leave it out" if cfg.store_ema else "",
+        f"--zero-sharding {cfg.zero_sharding}": cfg.zero_sharding != "none",
+        "--store-ema": cfg.store_ema,
     }
-    for option, way_out in wrong.items():
-        if way_out:
-            raise ConfigError(f"{option} does not work with --expert-parallel-size above 1; {way_out}")
+    for option, given in wrong.items():
+        if given:
+            raise ConfigError(f"{option} does not work with --expert-parallel-size above 1; leave it out")
 
 
 def check_training(cfg: Any) -> None:
@@ -132,14 +128,25 @@ def check_training(cfg: Any) -> None:
         )
 
 
-def share(optimizer: Any, parallel: ExpertParallel, scale: str) -> None:
+def share(model: Any, optimizer: Any, parallel: ExpertParallel, scale: str) -> None:
     """Tell an optimiser whose gradients to sum.
 
+    Args:
+        model: in fairseq's wrapper, which must leave the gradients of experts alone.
+        optimizer: of fairseq.
+        parallel: the ranks.
+        scale: one of `EXPERT_GRADIENT_SCALES`.
+
     Raises:
-        ConfigError: it is none that can.
+        ConfigError: the wrapper or the optimiser is none that can.
     """
     if parallel.size == 1:
         return
+    if not isinstance(getattr(model, "module", None), LegacyDistributedDataParallel):
+        raise ConfigError(
+            "--expert-parallel-size above 1 needs --ddp-backend legacy_ddp: the others average experts over all "
+            "processes, though each has its own"
+        )
     if not hasattr(optimizer, "share_experts"):
         raise ConfigError(
             "--expert-parallel-size above 1 needs --optimizer mtmoe_adamw, without --fp16, --bf16 or --amp; "

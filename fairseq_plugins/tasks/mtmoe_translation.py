@@ -359,7 +359,7 @@ class MtmoeTranslationTask(FairseqTask):
             optimizer.watch_experts(model)
         model.set_num_updates(update_num)
         if self.parallel is not None:
-            expert_parallel.share(optimizer, self.parallel, self.cfg.expert_gradient_scale)
+            expert_parallel.share(model, optimizer, self.parallel, self.cfg.expert_gradient_scale)
         if expert_parallel.in_any_layout(self.cfg) and hasattr(model, "set_step"):
             model.set_step(expert_parallel.Step(self.cfg.seed, update_num, sample["id"], counts=not ignore_grad))
         if hasattr(criterion, "collect_routing"):
