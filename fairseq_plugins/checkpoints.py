@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from omegaconf import open_dict
 
+from fairseq_plugins.expert_checkpoints import all_experts
 from fairseq_plugins.processes import from_first
 from fairseq_plugins.update_guard import TrainingDiverged, find_broken
 from mtmoe.errors import CheckpointError
@@ -156,7 +157,8 @@ def saving(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         try:
             if keeper and not steady and not (folder / GOOD).exists():
                 _keep_good(folder)
-            saved = save_checkpoint(cfg, trainer, epoch_itr, val_loss)
+            with all_experts(trainer):
+                saved = save_checkpoint(cfg, trainer, epoch_itr, val_loss)
         except (OSError, NotWritten) as error:
             if best is None:
                 wrapped.__dict__.pop("best", None)

@@ -19,7 +19,7 @@ from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 from torch.distributed import distributed_c10d
 
-from fairseq_plugins import checkpoints
+from fairseq_plugins import checkpoints, expert_checkpoints
 from fairseq_plugins.processes import COLLECTIVE_TIMEOUT, record_errors
 from fairseq_plugins.restarting import restart_at_phases
 from fairseq_plugins.rollback import recovering
@@ -38,6 +38,7 @@ def repair() -> None:
         reload_checkpoints()
         share_checkpoints()
         save_atomically()
+        save_all_experts()
         stop_and_recover()
         score_train_sample()
         restart_at_phases()
@@ -84,6 +85,12 @@ def save_atomically() -> None:
     PathManager.copy = staticmethod(checkpoints.copy_checkpoint)
     checkpoint_utils.save_checkpoint = checkpoints.saving(checkpoint_utils.save_checkpoint)
     checkpoint_utils.load_checkpoint = checkpoints.loading(checkpoint_utils.load_checkpoint)
+
+
+def save_all_experts() -> None:
+    """Let a checkpoint hold the experts of all processes where they are shared out; see `expert_checkpoints`."""
+    Trainer.state_dict = expert_checkpoints.with_all_experts(Trainer.state_dict)
+    Trainer.save_checkpoint = expert_checkpoints.only_whole(Trainer.save_checkpoint)
 
 
 def stop_and_recover() -> None:
