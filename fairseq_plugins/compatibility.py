@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, optim
 from fairseq import utils as fairseq_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
+from fairseq.optim.fp16_optimizer import FP16Optimizer
 from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
@@ -37,6 +38,8 @@ def repair() -> None:
         stop_and_recover()
         score_train_sample()
         restart_at_phases()
+        share_out_optimizer_state()
+        train_in_bf16()
         start_without_gpu()
         seed_without_gpu()
         read_options_fast()
@@ -108,6 +111,43 @@ def _training_modules() -> list[Any]:
     # Only where it is there already: to import it would send the logs of the other commands to their output.
     modules = [sys.modules.get(name) for name in ("fairseq_cli.train", "__main__")]  # `python -m fairseq_cli.train`
     return [module for module in modules if module is not None and hasattr(module, "validate_and_save")]
+
+
+def share_out_optimizer_state() -> None:
+    """Let ``--zero-sharding os`` work with `mtmoe_adamw`, which shares its state out itself; fairseq wants fairscale.
+
+    For that, and for ``--offload-expert-state``, the optimiser has to know the model before it loads a checkpoint.
+    """
+    shard, build = optim.shard_, Trainer._build_optimizer
+
+    def shard_(optimizer: Any, group: Any) -> None:
+        if not hasattr(optimizer, "prepare"):
+            shard(optimizer, group)
+
+    def build_optimizer(self: Any) -> None:
+        if hasattr(self._optimizer, "release_experts"):
+            self._optimizer.release_experts()
+        build(self)
+        if hasattr(self._optimizer, "prepare"):
+            sharded = self.cfg.distributed_training.zero_sharding == "os"
+            self._optimizer.prepare(self.model, self.data_parallel_process_group, sharded)
+
+    optim.shard_, Trainer._build_optimizer = shard_, build_optimizer
+
+
+def train_in_bf16() -> None:
+    """Let ``--bf16`` work on CPUs, and with the guards, with `mtmoe_adamw`, which has fp32 master copies of its own.
+
+    fairseq's wrapper for 16 bits asks for a GPU; it also holds a second copy of all gradients, in fp32.
+    """
+    build = FP16Optimizer.build_optimizer.__func__
+
+    def build_optimizer(cls: Any, cfg: Any, params: Any, **kwargs: Any) -> Any:
+        if cfg.common.bf16 and getattr(cfg.optimizer, "_name", "") == "mtmoe_adamw":
+            return optim.build_optimizer(cfg.optimizer, params)
+        return build(cls, cfg, params, **kwargs)
+
+    FP16Optimizer.build_optimizer = classmethod(build_optimizer)
 
 
 def start_without_gpu() -> None:
