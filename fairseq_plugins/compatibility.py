@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -136,10 +137,22 @@ def share_out_optimizer_state() -> None:
 
 
 def train_in_bf16() -> None:
-    """Let ``--bf16`` work on CPUs, and with the guards, with `mtmoe_adamw`, which has fp32 master copies of its own.
+    """Let ``--bf16`` work with `mtmoe_adamw`, which has fp32 master copies of its own, and on CPUs.
 
-    fairseq's wrapper for 16 bits asks for a GPU; it also holds a second copy of all gradients, in fp32.
+    fairseq's command line takes the option for a wish for a TPU, whatever there is. Its wrapper for 16 bits asks for a
+    GPU; it also holds a second copy of all gradients, in fp32.
     """
+
+    def without_tpu(convert: Any) -> Any:
+        def wrapped(args: Any) -> Any:
+            if args.bf16 and find_spec("torch_xla") is None:
+                args.tpu = False
+            return convert(args)
+
+        return wrapped
+
+    for module in _training_modules():
+        module.convert_namespace_to_omegaconf = without_tpu(module.convert_namespace_to_omegaconf)
     build = FP16Optimizer.build_optimizer.__func__
 
     def build_optimizer(cls: Any, cfg: Any, params: Any, **kwargs: Any) -> Any:
