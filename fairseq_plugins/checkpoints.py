@@ -149,7 +149,7 @@ def saving(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
             raise TrainingDiverged(
                 f"{broken} is not finite any more at update {trainer.get_num_updates()}; nothing was saved"
             )
-        if hasattr(trainer.optimizer, "gather_state") and not cfg.no_save_optimizer_state:
+        if hasattr(trainer.optimizer, "gather_state"):
             trainer.optimizer.gather_state()  # not in fairseq's own place for it, where a process may fail alone
         guard = getattr(trainer.task, "guard", None)
         steady = guard is None or guard.consecutive == 0

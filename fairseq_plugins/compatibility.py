@@ -140,8 +140,10 @@ def train_in_bf16() -> None:
     """Let ``--bf16`` work with `mtmoe_adamw`, which has fp32 master copies of its own, and on CPUs.
 
     fairseq's command line takes the option for a wish for a TPU, whatever there is. Its wrapper for 16 bits asks for a
-    GPU; it also holds a second copy of all gradients, in fp32.
+    GPU; it also holds a second copy of all gradients, in fp32. Checkpoints get the master copies as the model's weights
+    (fairseq writes these in fp32 anyway), so that they read as those of a training in fp32.
     """
+    build, state_dict = FP16Optimizer.build_optimizer.__func__, Trainer.state_dict
 
     def without_tpu(convert: Any) -> Any:
         def wrapped(args: Any) -> Any:
@@ -153,14 +155,21 @@ def train_in_bf16() -> None:
 
     for module in _training_modules():
         module.convert_namespace_to_omegaconf = without_tpu(module.convert_namespace_to_omegaconf)
-    build = FP16Optimizer.build_optimizer.__func__
 
     def build_optimizer(cls: Any, cfg: Any, params: Any, **kwargs: Any) -> Any:
         if cfg.common.bf16 and getattr(cfg.optimizer, "_name", "") == "mtmoe_adamw":
             return optim.build_optimizer(cfg.optimizer, params)
         return build(cls, cfg, params, **kwargs)
 
+    def with_master_copies(self: Any) -> dict[str, Any]:
+        state = state_dict(self)
+        if self.cfg.common.bf16 and hasattr(self.optimizer, "master_copies"):
+            copies = self.optimizer.master_copies(self.get_model(), state.get("last_optimizer_state"))
+            state["model"].update(copies)
+        return state
+
     FP16Optimizer.build_optimizer = classmethod(build_optimizer)
+    Trainer.state_dict = with_master_copies
 
 
 def start_without_gpu() -> None:

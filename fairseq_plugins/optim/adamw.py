@@ -88,10 +88,6 @@ class MtmoeAdamW(FairseqOptimizer):
         if model is self._model:
             return
         self._model = model
-        inner = model
-        while isinstance(getattr(inner, "module", None), nn.Module):  # what fairseq and torch wrap it in
-            inner = inner.module
-        self._optimizer.name(inner.named_parameters())
         banks = [module for module in model.modules() if isinstance(module, ExpertBank)]
         if self.cfg.expert_updates == "dense" or not banks:
             return
@@ -131,6 +127,17 @@ class MtmoeAdamW(FairseqOptimizer):
     def gather_state(self) -> None:
         """Bring a sharded state to the first process, for its next `state_dict`; all have to call this together."""
         self._optimizer.gather_state()
+
+    def master_copies(self, model: nn.Module, state_dict: dict[str, Any] | None = None) -> dict[str, Tensor]:
+        """The fp32 master copies of weights, by all names that the model has for each.
+
+        Args:
+            model: not wrapped.
+            state_dict: of this optimiser, if there is one already.
+        """
+        copies = self._optimizer.master_copies(state_dict or self.state_dict())
+        named = model.named_parameters(remove_duplicate=False)
+        return {name: copies[parameter] for name, parameter in named if parameter in copies}
 
     def broadcast_global_state_dict(self, state_dict: Any) -> dict[str, Any]:
         """Send each process its part of the state that the first one has loaded; called by fairseq."""

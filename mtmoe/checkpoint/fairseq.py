@@ -291,31 +291,7 @@ def _plain_checkpoint(path: Path, state: Any) -> FairseqCheckpoint:
     if not isinstance(model, dict) or not isinstance(task, dict):
         raise CheckpointError(f"{path} holds neither 'cfg' nor 'args': it is no fairseq checkpoint")
     tensors = {str(name): value for name, value in state["model"].items() if isinstance(value, Tensor)}
-    tensors |= _master_copies(path, state.get("last_optimizer_state"), tensors)
     return FairseqCheckpoint(path, _flat(model), task, tensors)
-
-
-def _master_copies(path: Path, optimizer: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a training with weights in bf16 kept of them in fp32; also for those that share such a weight's memory.
-
-    Raises:
-        CheckpointError: a copy belongs to no weight of that shape.
-    """
-    states = optimizer.get("state", {}) if isinstance(optimizer, Mapping) else {}
-    found: dict[int, Tensor] = {}
-    for group in optimizer["param_groups"] if states else ():
-        for number, name in zip(group["params"], group.get("param_names", ()), strict=False):
-            master = states.get(number, {}).get("master")
-            if master is None:
-                continue
-            if name not in tensors or tensors[name].shape != master.shape:
-                raise CheckpointError(f"{path} is damaged: its master copy number {number} fits no weight {name!r}")
-            found[tensors[name].data_ptr()] = master
-    return {
-        name: found[value.data_ptr()]
-        for name, value in tensors.items()
-        if value.numel() and value.data_ptr() in found and value.shape == found[value.data_ptr()].shape
-    }
 
 
 def _flat(model: dict[str, Any]) -> dict[str, Any]:

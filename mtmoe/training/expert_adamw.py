@@ -143,7 +143,6 @@ class ExpertAdamW(torch.optim.Optimizer):
             raise ValueError("offload_experts needs expert_updates='exact' or 'lazy': dense updates move all experts")
         self.expert_updates = expert_updates
         self.master_weights, self.offload_experts = master_weights, offload_experts
-        self._names: dict[Tensor, str] = {}
         self._shards: StateShards | None = None
         self._gathered: States = {}
         self._banks: list[_Bank] = []
@@ -212,9 +211,14 @@ class ExpertAdamW(torch.optim.Optimizer):
         for bank in self._banks:
             self._restore(bank)
 
-    def name(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Learn the names of parameters, under which a state dict tells whose master copies it holds."""
-        self._names.update({parameter: name for name, parameter in parameters})
+    def master_copies(self, state_dict: dict[str, Any]) -> dict[Tensor, Tensor]:
+        """Parameter -> its master copy, of those that have one in a state dict of this optimiser."""
+        states = state_dict["state"]
+        return {
+            each: states[number]["master"]
+            for number, each in enumerate(self._parameters())
+            if "master" in states.get(number, {})
+        }
 
     # Sharded state
 
@@ -448,9 +452,6 @@ class ExpertAdamW(torch.optim.Optimizer):
         for number, state in packed["state"].items():
             if "master" in state and parameters[number].dtype not in master_weights.NARROW:
                 packed["state"][number] = {name: value for name, value in state.items() if name != "master"}
-        if any("master" in state for state in packed["state"].values()):
-            for group in packed["param_groups"]:
-                group["param_names"] = [self._names.get(parameters[number], "") for number in group["params"]]
         return packed
 
     @torch.no_grad()
