@@ -150,6 +150,8 @@ def saving(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
             raise TrainingDiverged(
                 f"{broken} is not finite any more at update {trainer.get_num_updates()}; nothing was saved"
             )
+        if hasattr(trainer.optimizer, "gather_state"):
+            trainer.optimizer.gather_state()  # not in fairseq's own place for it, where a process may fail alone
         guard = getattr(trainer.task, "guard", None)
         steady = guard is None or guard.consecutive == 0
         folder, keeper = Path(cfg.save_dir), trainer.data_parallel_rank == 0 and not trainer.checkpoint_suffix

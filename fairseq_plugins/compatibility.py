@@ -7,14 +7,16 @@ import os
 import sys
 import warnings
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, optim
 from fairseq import utils as fairseq_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
+from fairseq.optim.fp16_optimizer import FP16Optimizer
 from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 from torch.distributed import distributed_c10d
@@ -42,6 +44,8 @@ def repair() -> None:
         stop_and_recover()
         score_train_sample()
         restart_at_phases()
+        share_out_optimizer_state()
+        train_in_bf16()
         start_without_gpu()
         limit_waiting()
         record_errors()
@@ -121,6 +125,64 @@ def _training_modules() -> list[Any]:
     # Only where it is there already: to import it would send the logs of the other commands to their output.
     modules = [sys.modules.get(name) for name in ("fairseq_cli.train", "__main__")]  # `python -m fairseq_cli.train`
     return [module for module in modules if module is not None and hasattr(module, "validate_and_save")]
+
+
+def share_out_optimizer_state() -> None:
+    """Let ``--zero-sharding os`` work with `mtmoe_adamw`, which shares its state out itself; fairseq wants fairscale.
+
+    For that, and for ``--offload-expert-state``, the optimiser has to know the model before it loads a checkpoint.
+    """
+    shard, build = optim.shard_, Trainer._build_optimizer
+
+    def shard_(optimizer: Any, group: Any) -> None:
+        if not hasattr(optimizer, "prepare"):
+            shard(optimizer, group)
+
+    def build_optimizer(self: Any) -> None:
+        if hasattr(self._optimizer, "release_experts"):
+            self._optimizer.release_experts()
+        build(self)
+        if hasattr(self._optimizer, "prepare"):
+            sharded = self.cfg.distributed_training.zero_sharding == "os"
+            self._optimizer.prepare(self.model, self.data_parallel_process_group, sharded)
+
+    optim.shard_, Trainer._build_optimizer = shard_, build_optimizer
+
+
+def train_in_bf16() -> None:
+    """Let ``--bf16`` work with `mtmoe_adamw`, which has fp32 master copies of its own, and on CPUs.
+
+    fairseq's command line takes the option for a wish for a TPU, whatever there is. Its wrapper for 16 bits asks for a
+    GPU; it also holds a second copy of all gradients, in fp32. Checkpoints get the master copies as the model's weights
+    (fairseq writes these in fp32 anyway), so that they read as those of a training in fp32.
+    """
+    build, state_dict = FP16Optimizer.build_optimizer.__func__, Trainer.state_dict
+
+    def without_tpu(convert: Any) -> Any:
+        def wrapped(args: Any) -> Any:
+            if args.bf16 and find_spec("torch_xla") is None:
+                args.tpu = False
+            return convert(args)
+
+        return wrapped
+
+    for module in _training_modules():
+        module.convert_namespace_to_omegaconf = without_tpu(module.convert_namespace_to_omegaconf)
+
+    def build_optimizer(cls: Any, cfg: Any, params: Any, **kwargs: Any) -> Any:
+        if cfg.common.bf16 and getattr(cfg.optimizer, "_name", "") == "mtmoe_adamw":
+            return optim.build_optimizer(cfg.optimizer, params)
+        return build(cls, cfg, params, **kwargs)
+
+    def with_master_copies(self: Any) -> dict[str, Any]:
+        state = state_dict(self)
+        if self.cfg.common.bf16 and hasattr(self.optimizer, "master_copies"):
+            copies = self.optimizer.master_copies(self.get_model(), state.get("last_optimizer_state"))
+            state["model"].update(copies)
+        return state
+
+    FP16Optimizer.build_optimizer = classmethod(build_optimizer)
+    Trainer.state_dict = with_master_copies
 
 
 def start_without_gpu() -> None:

@@ -168,7 +168,8 @@ def share(model: Any, optimizer: Any, parallel: ExpertParallel, scale: str) -> N
             "--expert-parallel-size above 1 needs --ddp-backend legacy_ddp: the others average experts over all "
             "processes, though each has its own"
         )
-    if not hasattr(optimizer, "share_experts"):
+    narrow = any(parameter.dtype != torch.float32 for parameter in model.parameters())
+    if narrow or not hasattr(optimizer, "share_experts"):
         raise ConfigError(
             "--expert-parallel-size above 1 needs --optimizer mtmoe_adamw, without --fp16, --bf16 or --amp; "
             "--autocast bfloat16 works"

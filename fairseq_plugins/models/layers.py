@@ -8,11 +8,11 @@ import torch
 from fairseq.modules.fairseq_dropout import FairseqDropout
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, TransformerEncoderLayerBase
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fairseq_plugins.expert_parallel import Step
 from fairseq_plugins.models.attention import FusedAttention
 from fairseq_plugins.models.configuration import moe_config
+from fairseq_plugins.models.recomputation import Recomputable
 from fairseq_plugins.models.recording import record
 from mtmoe import kernels
 from mtmoe.errors import ConfigError
@@ -43,7 +43,7 @@ def _fused(attention: nn.Module) -> nn.Module:
     return attention
 
 
-class Sublayers(nn.Module):
+class Sublayers(Recomputable, nn.Module):
     """The sublayers of a layer in the order of its norms: what dense and MoE layers, encoder and decoder share."""
 
     normalize_before: bool
@@ -115,9 +115,7 @@ class EncoderLayer(Sublayers, TransformerEncoderLayerBase):
 
     def forward(self, x: Tensor, encoder_padding_mask: Tensor | None, attn_mask: Tensor | None = None) -> Any:
         """See fairseq's TransformerEncoderLayerBase.forward: (time, batch, d_model) in and out."""
-        if self.return_fc:
-            return super().forward(x, encoder_padding_mask, attn_mask)
-        return self.sublayers(x, encoder_padding_mask, attn_mask)
+        return self.run(super().forward if self.return_fc else self.sublayers, x, encoder_padding_mask, attn_mask)
 
     def sublayers(self, x: Tensor, encoder_padding_mask: Tensor | None, attn_mask: Tensor | None) -> Tensor:
         """The layer without what surrounds it."""
@@ -174,13 +172,14 @@ class DecoderLayer(Sublayers, TransformerDecoderLayerBase):
     ) -> tuple[Tensor, Tensor | None, None]:
         """See fairseq's TransformerDecoderLayerBase.forward: (time, batch, d_model) in and out."""
         if not self.plain(prev_self_attn_state, prev_attn_state):
-            return super().forward(  # type: ignore[no-any-return]
-                x, encoder_out, encoder_padding_mask, incremental_state, prev_self_attn_state, prev_attn_state,
-                self_attn_mask, self_attn_padding_mask, need_attn, need_head_weights,
+            return self.run(  # type: ignore[no-any-return]
+                super().forward, x, encoder_out, encoder_padding_mask, incremental_state, prev_self_attn_state,
+                prev_attn_state, self_attn_mask, self_attn_padding_mask, need_attn, need_head_weights,
+                twice=incremental_state is None,
             )  # fmt: skip
-        return self.sublayers(
-            x, encoder_out, encoder_padding_mask, incremental_state, self_attn_mask, self_attn_padding_mask,
-            need_attn, need_head_weights,
+        return self.run(  # type: ignore[no-any-return]
+            self.sublayers, x, encoder_out, encoder_padding_mask, incremental_state, self_attn_mask,
+            self_attn_padding_mask, need_attn, need_head_weights, twice=incremental_state is None,
         )  # fmt: skip
 
     def sublayers(
@@ -241,7 +240,7 @@ class MoESublayer(nn.Module):
         self.moe = MoELayer(moe_config(cfg, side), backend, getattr(cfg, "parallel", None))
         self.layer_name = f"{side}.{index}"
         self.layer_number = 2 * index + (side == "decoder")
-        self.recompute = bool(cfg.checkpoint_activations)
+        self.set_recomputation(cfg)
         self.set_num_updates(0)
 
     def set_num_updates(self, num_updates: int) -> None:
@@ -269,12 +268,6 @@ class MoEEncoderLayer(MoESublayer, EncoderLayer):
         super().__init__(cfg)
         self.replace_feed_forward(cfg, "encoder", index)
 
-    def forward(self, x: Tensor, encoder_padding_mask: Tensor | None, attn_mask: Tensor | None = None) -> Tensor:
-        """See fairseq's TransformerEncoderLayerBase.forward: (time, batch, d_model) in and out."""
-        if self.recompute and self.training:
-            return _recomputed(self.sublayers, x, encoder_padding_mask, attn_mask)
-        return self.sublayers(x, encoder_padding_mask, attn_mask)
-
 
 class MoEDecoderLayer(MoESublayer, DecoderLayer):
     """A decoder layer whose feed-forward network is a MoE layer."""
@@ -301,15 +294,7 @@ class MoEDecoderLayer(MoESublayer, DecoderLayer):
         """See fairseq's TransformerDecoderLayerBase.forward: (time, batch, d_model) in and out."""
         if prev_self_attn_state is not None or prev_attn_state is not None:
             raise ConfigError("MoE layers take their decoding state from incremental_state only")
-        arguments = (
-            x, encoder_out, encoder_padding_mask, incremental_state, self_attn_mask, self_attn_padding_mask,
-            need_attn, need_head_weights,
+        return self.run(  # type: ignore[no-any-return]
+            self.sublayers, x, encoder_out, encoder_padding_mask, incremental_state, self_attn_mask,
+            self_attn_padding_mask, need_attn, need_head_weights, twice=incremental_state is None,
         )  # fmt: skip
-        if self.recompute and self.training and incremental_state is None:
-            return _recomputed(self.sublayers, *arguments)
-        return self.sublayers(*arguments)
-
-
-def _recomputed(function: Any, *arguments: Any) -> Any:
-    # Not fairseq's checkpoint_wrapper: it runs the forward pass without a graph, which would cut off routing losses.
-    return checkpoint(function, *arguments, use_reentrant=False)

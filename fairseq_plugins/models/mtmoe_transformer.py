@@ -11,7 +11,6 @@ from fairseq.models import register_model, register_model_architecture
 from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase, TransformerModelBase
 from fairseq.models.transformer.transformer_config import DEFAULT_MAX_SOURCE_POSITIONS, DEFAULT_MAX_TARGET_POSITIONS
 from fairseq.models.transformer.transformer_legacy import base_architecture
-from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
 from fairseq_plugins.expert_parallel import Step
@@ -23,6 +22,7 @@ from fairseq_plugins.models.layers import (
     MoEDecoderLayer,
     MoEEncoderLayer,
     MoESublayer,
+    Sublayers,
     use_quick_dropout,
 )
 from fairseq_plugins.models.recording import recording
@@ -60,10 +60,9 @@ class MoETransformerDecoder(TransformerDecoderBase):
         return _dense(DecoderLayer(cfg, no_encoder_attn), cfg)
 
 
-def _dense(layer: nn.Module, cfg: Any) -> nn.Module:
-    """Wrap a dense layer as fairseq does, for recomputed activations and fully sharded training."""
-    if cfg.checkpoint_activations:
-        layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+def _dense(layer: Sublayers, cfg: Any) -> nn.Module:
+    """Wrap a dense layer as fairseq does for fully sharded training; its activations may be recomputed."""
+    layer.set_recomputation(cfg)
     return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 
 from mtmoe.moe import MoEOutput
 
 Record = tuple[str, MoEOutput]
-"""Name of a layer, such as ``encoder.1``, and what it computed."""
+"""Name of a layer, such as ``encoder.1``, and what it computed; `y` is empty: the list would keep each layer's
+activations alive to the end of the pass, also those that are to be recomputed."""
 
 _records: ContextVar[list[Record] | None] = ContextVar("mtmoe_routing_records", default=None)
 
@@ -33,4 +35,4 @@ def record(layer: str, output: MoEOutput) -> None:
     """Add a layer's output to the pass being recorded, if any is."""
     records = _records.get()
     if records is not None:
-        records.append((layer, output))
+        records.append((layer, replace(output, y=output.y.new_empty(0, output.y.shape[-1]))))

@@ -13,6 +13,7 @@ from omegaconf import II
 from torch import Tensor, nn
 
 from fairseq_plugins.expert_checkpoints import take_local
+from mtmoe.errors import ConfigError
 from mtmoe.moe.experts import ExpertBank
 from mtmoe.parallel import ExpertParallel, reduce_expert_gradients, total_norm
 from mtmoe.training.expert_adamw import EXPERT_UPDATES, ExpertAdamW
@@ -34,6 +35,13 @@ class MtmoeAdamWConfig(FairseqDataclass):
             "or not at all (lazy: another optimiser)"
         },
     )
+    offload_expert_state: bool = field(
+        default=False,
+        metadata={
+            "help": "keep the optimiser's state of experts, and fp32 copies of their weights, in the CPU's memory, and "
+            "update there the experts that got tokens; for models on GPUs"
+        },
+    )
     lr: list[float] = II("optimization.lr")  # type: ignore[assignment]
     store_ema: bool = II("ema.store_ema")  # type: ignore[assignment]
 
@@ -43,12 +51,22 @@ class MtmoeAdamW(FairseqOptimizer):
     """`mtmoe.training.expert_adamw.ExpertAdamW`.
 
     fairseq multiplies the gradient by 1 / tokens, then clips it, then steps: three passes. Here the first two only
-    remember a factor, and the kernel applies it as it reads the gradient.
+    remember a factor, and the kernel applies it as it reads the gradient. Weights in bf16 (``--bf16``) get fp32 master
+    copies.
     """
 
     def __init__(self, cfg: Any, params: Collection[torch.nn.Parameter]) -> None:
         super().__init__(cfg)
-        self._optimizer = ExpertAdamW(list(params), **self.optimizer_config, expert_updates=cfg.expert_updates)
+        if cfg.offload_expert_state and (cfg.expert_updates == "dense" or cfg.store_ema):
+            other = "--store-ema" if cfg.store_ema else "--expert-updates dense"
+            raise ConfigError(f"--offload-expert-state moves only experts with tokens; it does not go with {other}")
+        self._optimizer = ExpertAdamW(
+            list(params),
+            **self.optimizer_config,
+            expert_updates=cfg.expert_updates,
+            master_weights=True,
+            offload_experts=cfg.offload_expert_state,
+        )
         self._factor: Tensor | float = 1.0
         self._model: nn.Module | None = None
         self._parallel: ExpertParallel | None = None
@@ -81,10 +99,15 @@ class MtmoeAdamW(FairseqOptimizer):
             logger.warning("--store-ema reads all weights at each update: all experts are updated each time")
             return
         watched = [self._optimizer.watch(bank, list(bank.parameters())) for bank in banks]
+        if not all(watched) and self.cfg.offload_expert_state:
+            raise ConfigError(
+                f"--offload-expert-state: {watched.count(False)} of {len(banks)} expert banks are frozen or not in "
+                "their own tensors (--fp16, --ddp-backend fully_sharded); train without that, or without offloading"
+            )
         if not all(watched):
             logger.warning(
                 "%d of %d expert banks are updated each time: --expert-updates %s needs weights on a CPU that are "
-                "trained whole, in their own tensors (no --fp16, --bf16 or sharding)",
+                "trained whole, in their own tensors (no --fp16 or fully_sharded), or --offload-expert-state",
                 watched.count(False), len(banks), self.cfg.expert_updates,
             )  # fmt: skip
 
@@ -92,14 +115,37 @@ class MtmoeAdamW(FairseqOptimizer):
         """Never touch the experts' weights again; for an optimiser that is being replaced."""
         self._optimizer.release()
 
-    def share_experts(self, parallel: ExpertParallel, scale: str) -> None:
-        """Leave experts to the ranks that hold them.
+    def prepare(self, model: nn.Module, group: Any, sharded: bool) -> None:
+        """Get ready for a state from a checkpoint, so that none of it lies where it is not to stay.
 
         Args:
-            parallel: the ranks.
-            scale: of their gradients, one of `mtmoe.parallel.EXPERT_GRADIENT_SCALES`.
+            model: as in `watch_experts`.
+            group: processes with the same weights.
+            sharded: share the state out over them: each keeps, updates and sends a part.
         """
-        self._parallel, self._scale = parallel, scale
+        if sharded or self.cfg.offload_expert_state:
+            self.watch_experts(model)
+        if sharded:
+            self._optimizer.shard(group)
+
+    def gather_state(self) -> None:
+        """Bring a sharded state to the first process, for its next `state_dict`; all have to call this together."""
+        self._optimizer.gather_state()
+
+    def master_copies(self, model: nn.Module, state_dict: dict[str, Any] | None = None) -> dict[str, Tensor]:
+        """The fp32 master copies of weights, by all names that the model has for each.
+
+        Args:
+            model: not wrapped.
+            state_dict: of this optimiser, if there is one already.
+        """
+        copies = self._optimizer.master_copies(state_dict or self.state_dict())
+        named = model.named_parameters(remove_duplicate=False)
+        return {name: copies[parameter] for name, parameter in named if parameter in copies}
+
+    def broadcast_global_state_dict(self, state_dict: Any) -> dict[str, Any]:
+        """Send each process its part of the state that the first one has loaded; called by fairseq."""
+        return self._optimizer.distribute(state_dict if isinstance(state_dict, dict) else None)
 
     def all_reduce_grads(self, module: nn.Module) -> None:
         """Sum the gradients over processes where the wrapper does not, and agree on the experts that have one."""
@@ -109,8 +155,7 @@ class MtmoeAdamW(FairseqOptimizer):
             reduce_expert_gradients(filter(_is_expert, self.params), self._parallel, self._scale)
             group = self._parallel.groups.data_parallel
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            largest = torch.distributed.ReduceOp.MAX
-            self._optimizer.share_used(lambda flags: torch.distributed.all_reduce(flags, largest, group=group))
+            self._optimizer.share_used(lambda flags: _keep_largest(flags, group))
 
     def zero_grad(self) -> None:
         """Forget the gradients, and the factor that belonged to them."""
@@ -161,3 +206,10 @@ class MtmoeAdamW(FairseqOptimizer):
 
 def _is_expert(parameter: Tensor) -> bool:
     return hasattr(parameter, "expert")
+
+
+def _keep_largest(flags: Tensor, group: Any) -> None:
+    """Take the largest value over the processes, in place; NCCL works on tensors of a GPU only."""
+    shared = flags.cuda() if torch.distributed.get_backend() == "nccl" else flags
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, group=group)
+    flags.copy_(shared)

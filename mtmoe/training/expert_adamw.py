@@ -24,6 +24,8 @@ from torch.optim.adamw import adamw
 from torch.utils.hooks import RemovableHandle
 
 from mtmoe.kernels import adamw as kernels
+from mtmoe.training import master_weights
+from mtmoe.training.state_shards import States, StateShards
 
 EXPERT_UPDATES = ("dense", "exact", "lazy")
 """How an expert without tokens is treated: updated each time; updated when it is next used, with the same result; not
@@ -110,9 +112,13 @@ class ExpertAdamW(torch.optim.Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
         expert_updates: one of `EXPERT_UPDATES`.
+        master_weights: keep and update fp32 copies of weights in 16 bits; else those are updated as they are.
+        offload_experts: keep the state of experts, and copies of their weights, in the CPU's memory, and update them
+            there. For a model on a GPU; on a CPU it gives the same bits, and saves nothing.
 
     Raises:
-        ValueError: `expert_updates` is unknown, or exact with betas for which momentum does not fade.
+        ValueError: `expert_updates` is unknown, or exact with betas for which momentum does not fade, or dense together
+            with `offload_experts`.
 
     Source: Loshchilov & Hutter 2019, Decoupled weight decay regularization.
     """
@@ -125,13 +131,20 @@ class ExpertAdamW(torch.optim.Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         expert_updates: str = "exact",
+        master_weights: bool = False,
+        offload_experts: bool = False,
     ) -> None:
         if expert_updates not in EXPERT_UPDATES:
             known = ", ".join(EXPERT_UPDATES)
             raise ValueError(f"expert_updates={expert_updates!r} is unknown; choose one of: {known}")
         if expert_updates == "exact":
             horizon(betas)
+        if offload_experts and expert_updates == "dense":
+            raise ValueError("offload_experts needs expert_updates='exact' or 'lazy': dense updates move all experts")
         self.expert_updates = expert_updates
+        self.master_weights, self.offload_experts = master_weights, offload_experts
+        self._shards: StateShards | None = None
+        self._gathered: States = {}
         self._banks: list[_Bank] = []
         self._watched: dict[nn.Parameter, _Bank] = {}
         self._hooks: list[RemovableHandle] = []
@@ -147,14 +160,20 @@ class ExpertAdamW(torch.optim.Optimizer):
             parameters: they always get gradients together.
 
         Returns:
-            Whether that is possible: dense updates are not asked for, and all are contiguous on a CPU and in one
-            parameter group.
+            Whether that is possible: dense updates are not asked for, and all are contiguous, in one parameter group,
+            and on a CPU or offloaded to one.
+
+        Raises:
+            RuntimeError: the state is sharded already.
         """
+        if self._shards is not None:
+            raise RuntimeError("watch experts before the state is sharded: each process keeps that of all experts")
         groups = [group for group in self.param_groups if any(each is parameters[0] for each in group["params"])]
         if self.expert_updates == "dense" or not groups:
             return False
         members = {id(each) for each in groups[0]["params"]}
-        if not all(id(p) in members and p.device.type == "cpu" and p.is_contiguous() for p in parameters):
+        reached = self.offload_experts or all(p.device.type == "cpu" for p in parameters)
+        if not reached or not all(id(p) in members and p.is_contiguous() for p in parameters):
             return False
         bank = _Bank(list(parameters), groups[0], 0, [], [])
         self._banks.append(bank)
@@ -187,9 +206,69 @@ class ExpertAdamW(torch.optim.Optimizer):
     def forget(self) -> None:
         """Forget all moments, as before the first update; weights that wait for updates get them first."""
         self.catch_up()
-        self.state.clear()
+        for parameter, state in list(self.state.items()):
+            self.state[parameter] = {name: value for name, value in state.items() if name == "master"}
         for bank in self._banks:
             self._restore(bank)
+
+    def master_copies(self, state_dict: dict[str, Any]) -> dict[Tensor, Tensor]:
+        """Parameter -> its master copy, of those that have one in a state dict of this optimiser."""
+        states = state_dict["state"]
+        return {
+            each: states[number]["master"]
+            for number, each in enumerate(self._parameters())
+            if "master" in states.get(number, {})
+        }
+
+    # Sharded state
+
+    def shard(self, group: Any = None) -> None:
+        """Share the state out over processes with the same weights and gradients: each keeps and updates its part.
+
+        Left out are watched experts, and parameters with an attribute ``expert``, which differ between processes. From
+        now on `step`, `gather_state`, `distribute` and `load_state_dict` have to be called in all processes together.
+
+        Args:
+            group: a process group of torch.distributed; None = all processes, or this one alone.
+
+        Raises:
+            RuntimeError: there is a state already; load it afterwards.
+        """
+        if any(self.state.values()):
+            raise RuntimeError("shard the state before the first update; load_state_dict takes each process's part")
+        shared = [p for p in self._parameters() if p not in self._watched and not getattr(p, "expert", False)]
+        self._shards = StateShards(shared, group)
+
+    def gather_state(self) -> None:
+        """Bring all states to the first process, whose next `state_dict` holds them; without sharding, do nothing."""
+        if self._shards is not None:
+            self.catch_up()
+            parameters = self._parameters()
+            states = {number: self.state[each] for number, each in enumerate(parameters) if self.state.get(each)}
+            self._gathered = self._shards.gather(states, parameters)
+
+    def distribute(self, state_dict: dict[str, Any] | None) -> dict[str, Any]:
+        """Send each process its part of a state dict; without sharding, each has it already.
+
+        Args:
+            state_dict: of the whole optimiser in the first process; elsewhere it does not count.
+        """
+        if self._shards is None or self._shards.size == 1:
+            return state_dict or {}
+        first = self._shards.rank == 0
+        states = self._shards.distribute(state_dict["state"] if first and state_dict else None, self._parameters())
+        return {"state": states, "param_groups": self._shards.from_first(state_dict and state_dict["param_groups"])}
+
+    def _parameters(self) -> list[Tensor]:
+        """All parameters, in the order of their numbers in a state dict."""
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _on_host(self, parameter: Tensor) -> bool:
+        return self.offload_experts and parameter in self._watched
+
+    def _has_master(self, parameter: Tensor) -> bool:
+        narrow = self.master_weights and parameter.dtype in master_weights.NARROW
+        return narrow or self._on_host(parameter)
 
     def share_used(self, reduce: Callable[[Tensor], object]) -> None:
         """Let all processes agree on the experts that may have a gradient, once gradients are summed.
@@ -218,7 +297,10 @@ class ExpertAdamW(torch.optim.Optimizer):
             for parameter in bank.parameters if changed else ():
                 state = self.state[parameter]
                 # Through .data: a graph that holds these weights knows other experts of them, which stay as they are.
-                table = torch.from_numpy(rows).to(parameter.dtype)
+                table = torch.from_numpy(rows).to(state["exp_avg"].dtype)
+                if "master" in state:
+                    master_weights.replay(parameter, state, changed, ends, table)
+                    continue
                 kernels.replay(parameter.data, state["exp_avg"], state["exp_avg_sq"], changed, ends, table)
             for expert in behind:
                 bank.current[expert] = bank.step
@@ -258,6 +340,7 @@ class ExpertAdamW(torch.optim.Optimizer):
             closure: as in torch.
             factor: what the gradients are multiplied by; they may be left multiplied.
         """
+        self._gathered = {}
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -267,21 +350,41 @@ class ExpertAdamW(torch.optim.Optimizer):
         number = float(factor) if self._banks else 1.0
         for bank in self._banks:
             self._step_bank(bank, number)
+        if self._shards is not None:
+            self._shards.publish()
         return loss
 
     def _step_dense(self, group: dict[str, Any], factor: Tensor | float) -> None:
         params = [each for each in group["params"] if each.grad is not None and each not in self._watched]
-        if not params:
-            return
+        if self._shards is not None:
+            params = [each for each in params if self._shards.owns(each)]
         for parameter in params:
             self._prepare(parameter)
             self._settle(parameter)
+        plain = [each for each in params if "master" not in self.state[each]]
+        if plain:
+            self._adamw(group, factor, plain, plain, [each.grad for each in plain])
+        for batch in master_weights.in_batches([each for each in params if "master" in self.state[each]]):
+            masters = [self.state[each]["master"] for each in batch]
+            grads = [each.grad.to(masters[0].dtype) for each in batch if each.grad is not None]
+            self._adamw(group, factor, batch, masters, grads)
+            torch._foreach_copy_(batch, masters)
+
+    def _adamw(
+        self,
+        group: dict[str, Any],
+        factor: Tensor | float,
+        params: list[Tensor],
+        weights: list[Tensor],
+        grads: list[Tensor],
+    ) -> None:
+        """Update `weights`, which are the parameters or their master copies."""
         states = [self.state[each] for each in params]
         scale = None
         if isinstance(factor, Tensor) or factor != 1.0:
             scale = torch.as_tensor(1.0 / factor, dtype=torch.float32, device=params[0].device)
         adamw(
-            params, [each.grad for each in params],
+            weights, grads,
             [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [],
             [state["step"] for state in states], fused=True, grad_scale=scale,
             found_inf=None if scale is None else torch.zeros_like(scale), amsgrad=False, maximize=False,
@@ -305,11 +408,14 @@ class ExpertAdamW(torch.optim.Optimizer):
             state["step"].fill_(bank.step)
             if not lazy:
                 state["touched"] = bank.touched
+            options = {name: group[name] for name in ("betas", "eps", "weight_decay")}
+            options |= {"step": bank.step, "lr": float(group["lr"]), "factor": factor}
+            if "master" in state:
+                master_weights.update_experts(parameter, state, experts, age, **options)
+                continue
             kernels.update_experts(
-                parameter.data, parameter.grad, state["exp_avg"], state["exp_avg_sq"], experts, age,
-                step=bank.step, lr=float(group["lr"]), betas=group["betas"], eps=group["eps"],
-                weight_decay=group["weight_decay"], factor=factor,
-            )  # fmt: skip
+                parameter.data, parameter.grad, state["exp_avg"], state["exp_avg_sq"], experts, age, **options
+            )
         if lazy:
             return
         for expert in experts:
@@ -321,12 +427,17 @@ class ExpertAdamW(torch.optim.Optimizer):
             self._catch_up(bank)
 
     def _prepare(self, parameter: Tensor) -> None:
-        if not self.state[parameter]:
-            self.state[parameter].update(
-                step=torch.zeros((), dtype=torch.float32, device=parameter.device),
-                exp_avg=torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                exp_avg_sq=torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            )
+        state = self.state[parameter]
+        if "exp_avg" in state:
+            return
+        if self._has_master(parameter):
+            self.state[parameter] = {**master_weights.new_state(parameter, self._on_host(parameter)), **state}
+            return
+        state.update(
+            step=torch.zeros((), dtype=torch.float32, device=parameter.device),
+            exp_avg=torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            exp_avg_sq=torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        )
 
     # Checkpoints
 
@@ -337,23 +448,45 @@ class ExpertAdamW(torch.optim.Optimizer):
         so that a resumed run rounds as an unbroken one.
         """
         self.catch_up()
-        return super().state_dict()
+        packed = super().state_dict()
+        packed["state"] |= self._gathered
+        self._gathered = {}
+        parameters = self._parameters()
+        for number, state in packed["state"].items():
+            if "master" in state and parameters[number].dtype not in master_weights.NARROW:
+                packed["state"][number] = {name: value for name, value in state.items() if name != "master"}
+        return packed
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a state back; of this class with any `expert_updates`, or of torch's AdamW."""
-        super().load_state_dict(state_dict)
+        """Take a state back; of this class with any options, or of torch's AdamW."""
+        super().load_state_dict({**state_dict, "state": {}})  # torch would round master copies to the weights' type
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, parameter in zip(numbers, self._parameters(), strict=True):
+            saved = state_dict["state"].get(number)
+            if saved and (self._shards is None or self._shards.owns(parameter)):
+                self._place(parameter, saved)
+        if self._shards is not None:
+            self._shards.publish()  # what a master copy adds to the weights
         for bank in self._banks:
             bank.group = next(g for g in self.param_groups if any(p is bank.parameters[0] for p in g["params"]))
             self._restore(bank)
 
+    def _place(self, parameter: Tensor, saved: dict[str, Any]) -> None:
+        master, host = self._has_master(parameter), self._on_host(parameter)
+        self.state[parameter] = master_weights.restored(parameter, saved, master, host)
+
     def _restore(self, bank: _Bank) -> None:
         """Let a bank begin where the state of its parameters is; the weights are of the same update."""
         experts = len(bank.parameters[0])
+        for parameter in bank.parameters:
+            if "exp_avg" in self.state[parameter]:
+                self._place(parameter, self.state[parameter])  # loaded before it was known as an expert's
         state = self.state[bank.parameters[0]]
         if self.expert_updates == "lazy":
             for parameter in bank.parameters:
                 self._settle(parameter)
-        bank.step = int(state["step"]) if state else 0
+        bank.step = int(state.get("step", 0))
         bank.touched = list(state.get("touched", [bank.step] * experts))
         bank.current = [bank.step] * experts
         bank.history.clear()
