@@ -14,7 +14,7 @@ lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 40)), max_size=1
 def test_every_sentence_once_and_limits_hold(pairs, max_tokens, max_sentences, multiple):
     source, target = (np.array([pair[side] for pair in pairs], dtype=np.int64) for side in (0, 1))
     batches = make_batches(source, target, max_tokens=max_tokens, max_sentences=max_sentences, multiple=multiple)
-    assert sorted(np.concatenate(batches).tolist() if batches else []) == list(range(len(pairs)))
+    assert sorted(batches.sentences.tolist()) == list(range(len(pairs)))
     for batch in batches:
         longest = max(source[batch].max(), target[batch].max())
         assert len(batch) * longest <= max_tokens
