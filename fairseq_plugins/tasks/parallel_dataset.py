@@ -21,6 +21,9 @@ from mtmoe.training.sampling import Pool
 _BLOCK = 1 << 20
 """Sentences whose lengths are looked at together."""
 
+_MANY = 16
+"""From so many sentences of a shard on, one look-up of a block takes less time than a slice for each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Side:
@@ -258,13 +261,17 @@ class ParallelDataset(FairseqDataset):
         lengths = np.empty(sum(len(rows) for _, rows, _ in parts), dtype=np.int64)
         for side, rows, local in parts:
             lengths[rows] = side.lengths[local]
-        lengths += room
-        gathered = np.full((len(lengths), int(lengths.max())), self.pad, dtype=np.int64)
+        column = np.arange(int(lengths.max()))
+        gathered = np.empty((len(lengths), room + len(column)), dtype=np.int64)
         for side, rows, local in parts:
-            starts = side.starts(local).tolist()
-            for row, start, length in zip(rows.tolist(), starts, lengths[rows].tolist(), strict=True):
-                gathered[row, room:length] = side.tokens[start : start + length - room]
-        return gathered, lengths
+            starts = side.starts(local)
+            if len(rows) >= _MANY:
+                gathered[rows, room:] = side.tokens.take(starts[:, None] + column, mode="clip")
+                continue
+            for row, start, length in zip(rows.tolist(), starts.tolist(), lengths[rows].tolist(), strict=True):
+                gathered[row, room : room + length] = side.tokens[start : start + length]
+        gathered[:, room:][column >= lengths[:, None]] = self.pad
+        return gathered, lengths + room
 
     def _by_piece(self, indices: NDArray[np.int64]) -> Iterator[tuple[_Piece, NDArray[np.int64], NDArray[np.int64]]]:
         """For each piece that has some of the pairs: where they stand in `indices`, and their numbers in it, rising.
