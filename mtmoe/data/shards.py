@@ -109,9 +109,9 @@ def map_side(prefix: Path, language: str) -> list[MappedDataset]:
             raise DataError(f"{list_path(prefix)} has {', '.join(shard.ids)}, not {language!r}; {_AGAIN}")
         try:
             dataset = map_dataset(shard_prefix(prefix, number, language))
+            dataset.check_end()
         except DataError as error:
             raise DataError(f"shard {number} of {len(shards)}: {error}") from None
-        dataset.check_end()
         if (len(dataset.sizes), len(dataset.ids)) != (shard.sentences, shard.ids[language]):
             raise DataError(
                 f"shard {number} of {len(shards)}: {dataset.prefix} has {len(dataset.sizes)} sentences of "

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from fairseq.data.iterators import GroupedIterator
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fairseq_plugins  # noqa: F401
@@ -162,6 +162,7 @@ def test_the_order_of_the_batches_is_that_of_one_process(first, second, freq, up
 
 @settings(max_examples=30, deadline=None)
 @given(worlds, st.integers(2, 9), st.integers(2, 9), st.sampled_from([10**6, 40]))
+@example([(1, 1, 1), (1, 1, 12)], 2, 3, 10**6)
 def test_phases_begin_at_their_update_whatever_the_number_of_processes(worlds, first, later, block):
     dataset = make_dataset([60, 60, 60])
     starts = {"de-en": 0, "en-de": first, "en-fr": first + later}
