@@ -1,8 +1,11 @@
 """Whole runs of two processes: the same decisions in both, and going on with another number of them."""
 
 import json
+import os
 import shlex
+import signal
 import socket
+import subprocess
 from collections import Counter
 
 import pytest
@@ -63,7 +66,20 @@ def train(fairseq, toy_data, tmp_path):
                 port = free.getsockname()[1]
             launcher = ("--nproc_per_node", processes, "--master_addr", "127.0.0.1", "--master_port", port)
             words = [*fairseq.command("torchrun", *launcher), *words]
-        return fairseq.run(words, env={"NOTES": str(tmp_path)}, timeout=400).stdout
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=(tmp_path / "stderr").open("w"), text=True, start_new_session=True,
+            env=fairseq.environment(NOTES=str(tmp_path)),
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=400)
+        finally:  # torchrun ends its children when it is asked to, not when it is killed
+            process.terminate()
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+        assert process.returncode == 0, (tmp_path / "stderr").read_text()[-6000:]
+        return output
 
     return run
 
