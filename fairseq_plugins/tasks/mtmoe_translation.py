@@ -3,7 +3,7 @@
 import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -14,7 +14,6 @@ from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
 from fairseq.tasks import FairseqTask, register_task
-from numpy.typing import NDArray
 from omegaconf import II, MISSING
 from torch import Tensor
 
@@ -23,15 +22,17 @@ from fairseq_plugins.expert_parallel import ExpertParallelOptions
 from fairseq_plugins.processes import COLLECTIVE_TIMEOUT
 from fairseq_plugins.stopping import stopper
 from fairseq_plugins.tasks.batch_iterators import FixedBatches, TrainingEpochs
-from fairseq_plugins.tasks.parallel_dataset import Direction, ParallelDataset, Side, read_side
+from fairseq_plugins.tasks.parallel_dataset import Direction, ParallelDataset, Side, read_sides
 from fairseq_plugins.tasks.token_dropout import TokenDropout
 from fairseq_plugins.tasks.validation import TRAIN_SAMPLE, check_metric, log_means, read_groups
 from fairseq_plugins.update_guard import UpdateGuard
+from mtmoe.data.shards import has_side
 from mtmoe.errors import ConfigError, DataError, UnknownLanguage
 from mtmoe.parallel import ExpertParallel
 from mtmoe.training import curriculum
 from mtmoe.training.auto_curriculum import AutoCurriculum
-from mtmoe.training.sampling import keyed_uniform
+from mtmoe.training.drawing import DRAW_BLOCK
+from mtmoe.training.sampling import Pool, keyed_uniform
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,10 @@ class MtmoeTranslationConfig(ExpertParallelOptions):
     )
     virtual_epoch_size: int = field(
         default=0, metadata={"help": "sentence pairs in an epoch (0 = as many as the active directions have)"}
+    )
+    draw_block: int = field(
+        default=DRAW_BLOCK,
+        metadata={"help": "most sentence pairs that are drawn at once; of more, each part is an epoch for fairseq"},
     )
     valid_limit: int = field(
         default=0, metadata={"help": "validate on that many pairs of each direction, spread evenly (0 = all)"}
@@ -146,7 +151,7 @@ class MtmoeTranslationTask(FairseqTask):
         self.tokens = TokenDropout.from_config(cfg, dictionary, self.directions)
         self._micro_batch = (-1, 0)
         self._validated = 0
-        self._sides: dict[Path, Side] = {}
+        self._sides: dict[tuple[Path, str], Sequence[Side]] = {}
 
     @classmethod
     def setup_task(cls, cfg: MtmoeTranslationConfig, **kwargs: Any) -> "MtmoeTranslationTask":
@@ -226,11 +231,10 @@ class MtmoeTranslationTask(FairseqTask):
             source, target = name.split("-")
             a, b = sorted((source, target))
             prefix = Path(self.cfg.data) / "bin" / f"{split}.{a}-{b}"
-            if not Path(f"{prefix}.{source}.idx").is_file() and not Path(f"{prefix}.{target}.idx").is_file():
+            if not has_side(prefix, source) and not has_side(prefix, target):
                 missing.append(name)
                 continue
-            sides = {code: self._side(Path(f"{prefix}.{code}")) for code in (source, target)}
-            directions.append(self._direction(name, sides[source], sides[target]))
+            directions.append(self._direction(name, self._sides_of(prefix, source), self._sides_of(prefix, target)))
         if not directions or (missing and (self.cfg.directions or self.cfg.source_lang)):
             raise DataError(f"{self.cfg.data}/bin has no {split} files for {', '.join(missing) or 'any direction'}")
         if missing:
@@ -284,50 +288,44 @@ class MtmoeTranslationTask(FairseqTask):
         Raises:
             DataError: a sentence is too long and `ignore_invalid_inputs` is off, or none is short enough.
         """
-        too_long = dataset.too_long(max_positions)
-        cost = dataset.sizes.max(axis=1)
-        if max_tokens is not None:
-            too_long |= cost > max_tokens
-        if too_long.any():
-            worst = int(cost.argmax())
+        pools, longest = dataset.usable(max_positions, max_tokens)
+        too_long = len(dataset) - sum(map(len, pools.values()))
+        if too_long:
             text = (
-                f"{int(too_long.sum())} of {len(dataset)} pairs are longer than {max_positions} positions or "
-                f"max-tokens={max_tokens}, the longest {dataset.size(worst)}"
+                f"{too_long} of {len(dataset)} pairs are longer than {max_positions} positions or "
+                f"max-tokens={max_tokens}, the longest {dataset.size(longest)}"
             )
             if not (ignore_invalid_inputs or dataset is self.datasets.get(TRAIN_SAMPLE)):
                 raise DataError(f"{text}; skip them with --skip-invalid-size-inputs-valid-test, or raise the limits")
-            if too_long.all():
+            if too_long == len(dataset):
                 raise DataError(text)
             logger.warning("%s: skipped", text)
         if not dataset.training:
-            indices = np.flatnonzero(~too_long)
+            indices = np.concatenate([pool.all() for pool in pools.values()])
             batches = dataset.batches(indices, max_tokens, max_sentences, required_batch_size_multiple)
             return FixedBatches(dataset, batches, num_shards, shard_id)
         expert_parallel.check_training(self.cfg)
         before = self.epochs  # fairseq asks for an iterator at each epoch
         self.epochs = TrainingEpochs(
-            dataset, before.schedule if before is not None else self._schedule(dataset, ~too_long), ~too_long,
+            dataset, before.schedule if before is not None else self._schedule(dataset.names, pools), pools,
             temperature=self.cfg.sampling_temperature, epoch_size=self.cfg.virtual_epoch_size,
             seed=self.cfg.seed, epoch=epoch, update_freq=self.cfg.update_freq,
             num_shards=num_shards, shard_id=shard_id, progress=self,
             limits={
                 "max_tokens": max_tokens, "max_sentences": max_sentences, "multiple": required_batch_size_multiple,
             },
-            seen=before.seen() if before is not None else None,
+            block=self.cfg.draw_block, after=before,
         )  # fmt: skip
         return self.epochs
 
-    def _schedule(
-        self, dataset: ParallelDataset, usable: NDArray[np.bool_]
-    ) -> curriculum.Schedule | AutoCurriculum:
+    def _schedule(self, names: Sequence[str], pools: Mapping[str, Pool]) -> curriculum.Schedule | AutoCurriculum:
         if self.learns_from_validation:
             if self.cfg.curriculum_restart != "none":
                 raise ConfigError("--curriculum-restart is for phases; the curriculum auto has none")
-            counts = np.bincount(dataset.direction[usable], minlength=len(dataset.names)).tolist()
-            sizes = dict(zip(dataset.names, counts, strict=True))
+            sizes = {name: len(pool) for name, pool in pools.items()}
             return AutoCurriculum(sizes, self.cfg.sampling_temperature, self.cfg.max_update)
         phases = curriculum.load(self.cfg.curriculum_file) if self.cfg.curriculum_file else []
-        schedule = curriculum.resolve(phases, dataset.names, self.cfg.max_update)
+        schedule = curriculum.resolve(phases, names, self.cfg.max_update)
         for boundary in schedule.boundaries[1:]:
             joining = [name for name, start in schedule.starts.items() if start == boundary]
             logger.info("curriculum: from update %d also %s", boundary, ", ".join(joining))
@@ -468,12 +466,13 @@ class MtmoeTranslationTask(FairseqTask):
 
     # Parts
 
-    def _side(self, prefix: Path) -> Side:
-        if prefix not in self._sides:
-            self._sides[prefix] = read_side(prefix)
-        return self._sides[prefix]
+    def _sides_of(self, prefix: Path, language: str) -> Sequence[Side]:
+        key = (prefix, language)
+        if key not in self._sides:
+            self._sides[key] = read_sides(prefix, language)
+        return self._sides[key]
 
-    def _direction(self, name: str, source: Side, target: Side | None) -> Direction:
+    def _direction(self, name: str, source: Side | Sequence[Side], target: Sequence[Side] | None) -> Direction:
         tags = [self.dictionary.index(f"__{language}__") for language in name.split("-")]
         encoder_tag = tags[0] if self.cfg.encoder_langtok == "src" else tags[1]
         return Direction(name, source, target, encoder_tag, tags[1], self.directions.index(name))

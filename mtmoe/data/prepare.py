@@ -131,7 +131,7 @@ def _build(
     stages = Stages(folder)
     (folder / "data.json").unlink(missing_ok=True)
     settings = recipe.settings()
-    of_text = {name: value for name, value in settings.items() if name not in ("vocabulary", "resource")}
+    of_text = {name: value for name, value in settings.items() if name not in ("vocabulary", "resource", "shard_size")}
     text_mark = fingerprint([CODE, of_text, sums])
     done = stages.result("clean", text_mark)
     text = folder / "text"
@@ -180,9 +180,11 @@ def _binarise(recipe: Recipe, stages: Stages, text_mark: str, counts: summary.Co
     for pair in pairs:
         stages.run(
             f"binarise-{pair_name(pair)}",
-            vocabulary_mark,
+            fingerprint([vocabulary_mark, recipe.shard_size]) if recipe.shard_size else vocabulary_mark,
             [],
-            lambda pair=pair: binarise_pair(processor, folder / "text", folder / "bin", pair, len(languages)),  # type: ignore[misc]
+            lambda pair=pair: binarise_pair(  # type: ignore[misc]
+                processor, folder / "text", folder / "bin", pair, len(languages), recipe.shard_size
+            ),
         )
         progress.advance()
     progress.finish()

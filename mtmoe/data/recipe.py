@@ -267,6 +267,8 @@ class Recipe:
     test: Part = field(default_factory=Part)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     resource: Resource = field(default_factory=Resource)
+    shard_size: int = 0
+    """Most sentence pairs of a shard of binarised train data; 0 = one file for each side of a pair."""
     folder: Path = field(default=Path(), metadata={"key": False})
     """Where the recipe lies; relative paths start there. Not a key of the file."""
 
@@ -276,6 +278,8 @@ class Recipe:
             raise ConfigError(f"languages: give at least two different ones, got {', '.join(self.languages) or 'none'}")
         if not self.inputs:
             raise ConfigError("inputs: give at least one")
+        if self.shard_size < 0:
+            raise ConfigError(f"shard_size: {self.shard_size} must be at least 1 sentence pair, or 0 for one file")
         for pattern in self.pairs:
             sides = pattern.split("-")
             if len(sides) != 2 or any(side != "*" and canonical(side) not in codes for side in sides):
@@ -306,6 +310,8 @@ class Recipe:
         values = dataclasses.asdict(self)
         for name in ("folder", "description", "source", "licence", "attribution"):
             del values[name]
+        if not self.shard_size:  # as before there were shards, so that folders of then still count as the recipe's
+            del values["shard_size"]
         return values
 
 

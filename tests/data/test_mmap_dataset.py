@@ -33,16 +33,16 @@ def test_number_type():
 
 def test_damage_is_noticed(tmp_path):
     prefix = tmp_path / "x"
-    with pytest.raises(DataError, match=r"x\.idx: there is no such file"):
+    with pytest.raises(DataError, match=r"x\.idx is missing; copy it again, or run `mtmoe prepare` again"):
         read_dataset(prefix)
     write_dataset(prefix, np.arange(6), np.array([2, 4]), np.dtype(np.uint16))
     data = prefix.with_name("x.bin")
     data.write_bytes(data.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"x\.bin: 11 bytes, the index says 12"):
+    with pytest.raises(DataError, match=r"x\.bin has 11 bytes, its index says 12: it is not whole"):
         read_dataset(prefix)
     index = prefix.with_name("x.idx")
     index.write_bytes(index.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"x\.idx: damaged"):
+    with pytest.raises(DataError, match=r"x\.idx is damaged, or of a version"):
         read_dataset(prefix)
     index.write_bytes(b"TNTIDX\x00\x00")
     with pytest.raises(DataError, match="not an index"):

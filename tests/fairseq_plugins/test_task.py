@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from fairseq.data.indexed_dataset import MMapIndexedDataset
 from fairseq.tasks import setup_task
 from omegaconf import OmegaConf
 from torch import nn
@@ -33,9 +34,11 @@ def make_task(data, **options):
     return setup_task(OmegaConf.merge(config, {"_name": "mtmoe_translation", **fixed, **options}))
 
 
-def read_sentence(dataset, index, side):
-    start, length = (getattr(dataset, f"{side}_{what}")[index] for what in ("start", "length"))
-    return dataset.tokens[start : start + length].tolist()
+def read_sentences(data, direction):
+    """Source and target sentences of a direction, by fairseq's own reader of the files."""
+    pair = "-".join(sorted(direction.split("-")))
+    sides = [MMapIndexedDataset(str(data / "bin" / f"train.{pair}.{code}")) for code in direction.split("-")]
+    return [(sides[0][i].tolist(), sides[1][i].tolist()) for i in range(len(sides[0]))]
 
 
 @pytest.mark.parametrize("langtok", ["src", "tgt"])
@@ -44,13 +47,14 @@ def test_batches_hold_tags_sentences_and_padding(toy_data, langtok):
     task.load_dataset("train")
     dataset = task.dataset("train")
     assert dataset.sizes_by_direction() == {"de-en": 300, "en-de": 300, "en-fr": 60, "fr-en": 60}
+    sentences = [pair for name in task.directions for pair in read_sentences(toy_data, name)]
     index = np.random.default_rng(0).permutation(len(dataset))[:40]
     sample = dataset.collater(index)
     tokens = 0
     for row, number in enumerate(index):
         name = task.directions[sample["direction"][row]]
         source_tag, target_tag = (task.dictionary.index(f"__{code}__") for code in name.split("-"))
-        source, target = (read_sentence(dataset, number, side) for side in ("source", "target"))
+        source, target = sentences[number]
         inputs = sample["net_input"]
         encoder = [source_tag if langtok == "src" else target_tag, *source]
         for actual, expected in (
@@ -91,7 +95,12 @@ def test_valid_limit_takes_the_same_sentences_of_both_directions(toy_data):
     task.load_dataset("valid")
     data = task.dataset("valid")
     assert set(data.sizes_by_direction().values()) == {5}
-    assert (data.source_start[:5] == data.target_start[5:10]).all()
+    there, back = data.collater(np.arange(5)), data.collater(np.arange(5, 10))
+    assert torch.equal(there["net_input"]["src_tokens"][:, 1:], back["target"])
+    whole = make_task(toy_data)
+    whole.load_dataset("valid")
+    spread = whole.dataset("valid").collater(np.arange(5) * 24 // 5)
+    assert torch.equal(spread["target"], there["target"])
 
 
 def test_too_long_sentences(toy_data):
@@ -121,7 +130,7 @@ class Counter:
 def make_epochs(task, counter, starts=None, shards=1, shard=0, freq=1, **options):
     data = task.dataset("train")
     return TrainingEpochs(
-        data, Schedule(starts or dict.fromkeys(data.names, 0)), np.ones(len(data), dtype=bool),
+        data, Schedule(starts or dict.fromkeys(data.names, 0)), data.usable(None, None)[0],
         temperature=options.get("temperature", 1.0), epoch_size=options.get("epoch_size", 0), seed=5,
         epoch=1, update_freq=[freq], num_shards=shards, shard_id=shard, progress=counter,
         limits={"max_tokens": 200, "max_sentences": None, "multiple": 1},
@@ -234,7 +243,7 @@ def test_the_rest_of_an_epoch_is_drawn_anew(loaded, shards):
     state = json.loads(json.dumps(parts[0].state_dict()))
     rest = [ids_of(iterator) for iterator in iterators]
     assert [4 + 1 + len(part) for part in rest] == [length] * shards
-    numbers = loaded.dataset("train").direction
+    numbers = loaded.dataset("train").directions_of(np.arange(720))
     assert {int(numbers[i]) for part in before for batch in part for i in batch} == {0, 1, 2, 3}
     assert {int(numbers[i]) for part in (*rest, one) for batch in part for i in np.atleast_1d(batch)} == {0, 1}
 
