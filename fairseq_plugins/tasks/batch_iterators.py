@@ -52,8 +52,8 @@ class FixedBatches(EpochBatchIterating):
 
     @property
     def first_batch(self) -> Any:
-        """A batch for ranks that have none left; fairseq then takes the first real one."""
-        return "DUMMY"
+        """A batch for ranks that have none left; one of the first sentences, since such a rank may never have one."""
+        return self.dataset.collater(self.batches[0][:1]) if len(self.batches) else "DUMMY"
 
     def __len__(self) -> int:
         return -(-len(self.batches) // self.num_shards)
@@ -164,8 +164,9 @@ class TrainingEpochs(EpochBatchIterating):
 
     @property
     def first_batch(self) -> Any:
-        """A batch for ranks that have none left; fairseq then takes the first real one."""
-        return "DUMMY"
+        """A batch for ranks that have none left, maybe right after a resume: fairseq has seen none of theirs then."""
+        pools = self.drawer.pools.values()
+        return self.dataset.collater(next(pool.take(np.zeros(1, dtype=np.int64)) for pool in pools if len(pool)))
 
     def __len__(self) -> int:
         current = self._restored or self._current
