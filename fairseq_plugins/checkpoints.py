@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 from omegaconf import open_dict
 
 from fairseq_plugins.processes import from_first
 from fairseq_plugins.update_guard import TrainingDiverged, find_broken
+from mtmoe.checkpoint.writing import NotWritten, save
 from mtmoe.errors import CheckpointError
-from mtmoe.files import duplicate, remove_abandoned, replacing
+from mtmoe.files import duplicate, remove_abandoned
 from mtmoe.training.checkpoint_files import check_whole, read_header, whole_checkpoints
 
 logger = logging.getLogger(__name__)
 
 LAST, GOOD = "checkpoint_last.pt", "checkpoint_good.pt"
-
-
-class NotWritten(CheckpointError):
-    """A checkpoint could not be written; what was there before is whole."""
 
 
 class LastSave:
@@ -56,46 +50,13 @@ last_save = LastSave()
 # Writing
 
 
-class _Sink:
-    """Takes all of a file and keeps the first error: torch's writer in C++ ends the process when one gets through."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.error = file, None
-
-    error: OSError | None
-
-    def write(self, data: Any) -> int:
-        if self.error is None:
-            try:
-                self.file.write(data)
-            except OSError as error:
-                self.error = error
-        return len(data)
-
-    def flush(self) -> None:
-        """Nothing: it is flushed, and the error raised, once all is written."""
-
-
 def write_checkpoint(state: Any, filename: str, async_write: bool = False) -> None:
     """Write a checkpoint, in fairseq's place of that function; atomic, and always before it returns.
 
     Raises:
         NotWritten: the disk is full or fails. The file of that name is as it was.
     """
-    try:
-        with replacing(filename) as temporary, temporary.open("wb") as file:
-            sink = _Sink(file)
-            torch.save(state, sink)
-            if sink.error is not None:
-                raise sink.error
-            file.flush()
-    except OSError as error:
-        needed, free = _size(state) / 1e6, shutil.disk_usage(_existing(Path(filename))).free / 1e6
-        room = f" (it needs about {needed:,.0f} MB, {free:,.0f} MB are free)"
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise NotWritten(
-            f"{filename} could not be written: {error.strerror or error}{room if full else ''}"
-        ) from error
+    save(state, Path(filename), checksum=False)
 
 
 def copy_checkpoint(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
@@ -108,25 +69,6 @@ def copy_checkpoint(src_path: str, dst_path: str, overwrite: bool = False) -> bo
         return False
     duplicate(src_path, dst_path)
     return True
-
-
-def _size(state: Any) -> int:
-    """Bytes of all tensors in nested containers, each storage once."""
-    storages: dict[int, int] = {}
-    waiting = [state]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, torch.Tensor):
-            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        elif isinstance(value, dict):
-            waiting.extend(value.values())
-        elif isinstance(value, list | tuple):
-            waiting.extend(value)
-    return sum(storages.values())
-
-
-def _existing(path: Path) -> Path:
-    return next(each for each in path.absolute().parents if each.exists())
 
 
 # Saving and rotation

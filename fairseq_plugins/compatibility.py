@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import warnings
 from typing import Any
 
-import numpy as np
 import torch
 from fairseq import checkpoint_utils
 from fairseq import utils as fairseq_utils
@@ -22,6 +20,7 @@ from fairseq_plugins.restarting import restart_at_phases
 from fairseq_plugins.rollback import recovering
 from fairseq_plugins.stopping import stopping
 from fairseq_plugins.tasks.validation import TRAIN_SAMPLE
+from mtmoe.checkpoint.sharded import plain_types
 
 _done = False
 
@@ -48,9 +47,7 @@ def reload_checkpoints() -> None:
 
     The types below are plain values; the loader still runs no code from the file.
     """
-    scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
-    dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
-    torch.serialization.add_safe_globals([argparse.Namespace, scalar, np.dtype, *dtypes])
+    torch.serialization.add_safe_globals(plain_types())
 
 
 def share_checkpoints() -> None:
