@@ -15,7 +15,7 @@ from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
-from fairseq_plugins import checkpoints
+from fairseq_plugins import checkpoints, sharded_checkpoints
 from fairseq_plugins.restarting import restart_at_phases
 from fairseq_plugins.rollback import recovering
 from fairseq_plugins.stopping import stopping
@@ -33,6 +33,7 @@ def repair() -> None:
         reload_checkpoints()
         share_checkpoints()
         save_atomically()
+        read_sharded_checkpoints()
         stop_and_recover()
         score_train_sample()
         restart_at_phases()
@@ -75,6 +76,12 @@ def save_atomically() -> None:
     PathManager.copy = staticmethod(checkpoints.copy_checkpoint)
     checkpoint_utils.save_checkpoint = checkpoints.saving(checkpoint_utils.save_checkpoint)
     checkpoint_utils.load_checkpoint = checkpoints.loading(checkpoint_utils.load_checkpoint)
+
+
+def read_sharded_checkpoints() -> None:
+    """Read directories wherever fairseq takes a checkpoint; in training each process reads its own experts only."""
+    checkpoint_utils.load_checkpoint_to_cpu = sharded_checkpoints.joining(checkpoint_utils.load_checkpoint_to_cpu)
+    Trainer.load_checkpoint = sharded_checkpoints.loading_places(Trainer.load_checkpoint)
 
 
 def stop_and_recover() -> None:

@@ -41,3 +41,12 @@ def from_first(choose: Callable[[], T]) -> T:
     if isinstance(box[0], MtmoeError):
         raise box[0]
     return box[0]  # type: ignore[return-value]
+
+
+def first_problem(text: str) -> str:
+    """The `text` of the first process that gave one; "" = none did. All have to call this together."""
+    if not distributed():
+        return text
+    texts: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(texts, text)
+    return next(filter(None, texts), "")

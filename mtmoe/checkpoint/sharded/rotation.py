@@ -7,6 +7,7 @@ to it, each replaced in one step; a directory without a name may go.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ from mtmoe.files import sync_folder
 
 PATTERN = "checkpoint*"
 """Names of checkpoints."""
+
+OF_A_RUN = re.compile(r"checkpoint_\d+_\d+(\.\d+)?")
+"""Names that a run gives: epoch and update. Others belong to the user, and are never removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,7 @@ def give_name(directory: Path, name: Path) -> None:
 
 
 def remove_old(folder: Path, keep: int) -> list[Path]:
-    """Remove all complete checkpoints but the newest and those that have a name; never the last complete one.
+    """Remove all complete checkpoints of a run but the newest and those with a name; never the last complete one.
 
     Args:
         folder: where they are.
@@ -113,15 +117,19 @@ def remove_old(folder: Path, keep: int) -> list[Path]:
     return _remove([each for each in complete[keep:] if each.name not in _named(folder)])
 
 
-def remove_unnamed(folder: Path) -> list[Path]:
-    """Remove the complete checkpoints that no name leads to; if none has a name, the newest stays.
+def remove_unnamed(folder: Path, *, spare_last: bool = True) -> list[Path]:
+    """Remove the complete checkpoints of a run that no name leads to; if none has a name, the newest stays.
+
+    Args:
+        folder: where they are.
+        spare_last: False where the caller has just written a checkpoint of another kind, which is whole.
 
     Returns:
         What was removed.
     """
     complete = [each.directory for each in complete_checkpoints(folder, lambda _: None, contents=False)]
     named = _named(folder)
-    spared = complete[:0] if any(each.name in named for each in complete) else complete[:1]
+    spared = complete[:1] if spare_last and not any(each.name in named for each in complete) else []
     return _remove([each for each in complete if each.name not in named and each not in spared])
 
 
@@ -143,10 +151,11 @@ def _named(folder: Path) -> set[str]:
 
 
 def _remove(directories: list[Path]) -> list[Path]:
-    for directory in directories:
+    removed = [each for each in directories if OF_A_RUN.fullmatch(each.name)]
+    for directory in removed:
         hidden = directory.with_name(f".{directory.name}.removed")
         shutil.rmtree(hidden, ignore_errors=True)
         # Out of sight in one step: a checkpoint of which half is removed is never found.
         os.replace(directory, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
-    return directories
+    return removed

@@ -73,9 +73,10 @@ def split_state(
     owners: dict[Any, str] = {}
     if moments:
         names = dict(enumerate(parameter_names(state) if parameters is None else parameters))
+        _check_shapes(state["model"], moments, names)
         owners = {index: names[int(index)] for index in moments if expert(names.get(int(index), ""))}
 
-    def walk(value: Mapping[Any, Any], path: tuple[str, ...]) -> Any:
+    def walk(value: dict[Any, Any], path: tuple[str, ...]) -> Any:
         result: Any = copy.copy(value)  # keeps the class, and the metadata that torch hangs on a module's state
         for key, item in value.items():
             here = (*path, str(key))
@@ -84,11 +85,11 @@ def split_state(
             elif isinstance(item, Tensor) and expert(str(key)):
                 experts["/".join(here)] = ExpertTensor(item, STACKED)
                 result[key] = None
-            elif isinstance(item, Mapping):
+            elif isinstance(item, dict):
                 result[key] = walk(item, here)
         return result
 
-    return SplitState(walk(state, ()), experts)
+    return SplitState(walk(dict(state), ()), experts)
 
 
 def _split_moments(
@@ -147,9 +148,6 @@ def parameter_names(state: Mapping[str, Any]) -> list[str]:
     """Names of the optimiser's parameters in its order, from a state that does not tell them.
 
     fairseq gives them to the optimiser in the order of the model, which its state has too.
-
-    Raises:
-        CheckpointError: shapes do not agree with that, as with flat parameters or frozen ones.
     """
     seen: set[tuple[int, torch.Size]] = set()
     names = []
@@ -160,20 +158,27 @@ def parameter_names(state: Mapping[str, Any]) -> list[str]:
         if identity not in seen:  # a matrix that is shared is one parameter
             seen.add(identity)
             names.append(name)
-    moments = _at(state, OPTIMIZER) or {}
+    return names
+
+
+def _check_shapes(model: Mapping[str, Tensor], moments: Mapping[Any, Any], names: Mapping[int, str]) -> None:
+    """Refuse an optimiser whose parameters are others than those of the model, as with flat or frozen ones.
+
+    Raises:
+        CheckpointError: names the first, and the way out.
+    """
     for index, values in moments.items():
-        weight = state["model"][names[int(index)]] if int(index) < len(names) else None
+        name = names.get(int(index))
+        weight = model.get(name) if name is not None else None
         for key in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
             value = values.get(key)
-            if isinstance(value, Tensor) and (weight is None or value.shape != weight.shape):
+            if isinstance(value, Tensor) and weight is not None and value.shape != weight.shape:
                 raise CheckpointError(
                     f"cannot tell which weights the optimiser's state is of: its {key} of parameter {index} has shape "
-                    f"{tuple(value.shape)}, the model's parameter of that number is "
-                    f"{names[int(index)] if weight is not None else 'none'}. Flat parameters (--fp16 or --bf16 "
+                    f"{tuple(value.shape)}, and {name} has {tuple(weight.shape)}. Flat parameters (--fp16 or --bf16 "
                     "without --fp16-no-flatten-grads) and frozen ones cannot be sharded with their optimiser; leave "
                     "it out (mtmoe reshard --no-optimizer)"
                 )
-    return names
 
 
 def describe(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,7 +212,7 @@ def copy_to_cpu(value: Any) -> Any:
             return copies[identity]
         if isinstance(item, ExpertTensor):
             return ExpertTensor(duplicate(item.values), item.form)
-        if isinstance(item, Mapping):
+        if isinstance(item, dict):
             result: Any = copy.copy(item)
             for key, each in item.items():
                 result[key] = duplicate(each)

@@ -84,7 +84,7 @@ def test_only_the_files_with_wanted_experts_are_read(tmp_path):
     assert wanted_files(manifest, 5, 8) == ["experts-00002-of-00004.pt"]
     (saved / "experts-00000-of-00004.pt").unlink()
     assert_same(read_state(saved, place=1, places=2), state_of_place(whole, 1, 2))
-    with pytest.raises(CheckpointError, match="experts-00000-of-00004.pt is missing"):
+    with pytest.raises(CheckpointError, match=r"experts-00000-of-00004.pt is missing"):
         read_state(saved, place=0, places=2)
 
 
@@ -123,7 +123,7 @@ def test_flat_parameters_are_refused_with_the_way_out(tmp_path):
     flat = {"exp_avg": torch.zeros(99), "exp_avg_sq": torch.zeros(99), "step": 1}
     state["last_optimizer_state"] = {"state": {0: flat}, "param_groups": [{"params": [0]}]}
     torch.save(state, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="--fp16-no-flatten-grads.*--no-optimizer"):
+    with pytest.raises(CheckpointError, match=r"--fp16-no-flatten-grads.*--no-optimizer"):
         reshard(tmp_path / "a.pt", tmp_path / "b", 2)
     reshard(tmp_path / "a.pt", tmp_path / "b", 2, optimizer=False)
 
