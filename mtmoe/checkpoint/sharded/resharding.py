@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,11 +39,16 @@ def reshard(source: Path, target: Path, places: int | None, *, optimizer: bool =
     if target.exists():
         raise CheckpointError(f"{target} exists and is left as it is. Choose another name")
     shared, part = _parts(source, places, optimizer)
-    plan = SavePlan(directory=target, attempt="reshard", world_size=places, expert_parallel_size=places)
-    write_shared(plan, shared)
-    for place in range(places):
-        write_experts(plan, place, part(place))
-    commit(plan, describe(shared))
+    plan = SavePlan(
+        directory=target, attempt=secrets.token_hex(4), world_size=places, expert_parallel_size=places
+    )
+    try:
+        write_shared(plan, shared)
+        for place in range(places):
+            write_experts(plan, place, part(place))
+        commit(plan, describe(shared))
+    finally:
+        shutil.rmtree(plan.staging, ignore_errors=True)
 
 
 def share_out(split: SplitState, place: int, places: int) -> dict[str, ExpertTensor]:
