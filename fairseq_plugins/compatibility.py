@@ -33,7 +33,7 @@ def repair() -> None:
         reload_checkpoints()
         share_checkpoints()
         save_atomically()
-        read_sharded_checkpoints()
+        share_out_checkpoints()
         stop_and_recover()
         score_train_sample()
         restart_at_phases()
@@ -78,10 +78,11 @@ def save_atomically() -> None:
     checkpoint_utils.load_checkpoint = checkpoints.loading(checkpoint_utils.load_checkpoint)
 
 
-def read_sharded_checkpoints() -> None:
-    """Read directories wherever fairseq takes a checkpoint; in training each process reads its own experts only."""
+def share_out_checkpoints() -> None:
+    """Take directories wherever fairseq takes a checkpoint; in training each process reads its own experts only."""
     checkpoint_utils.load_checkpoint_to_cpu = sharded_checkpoints.joining(checkpoint_utils.load_checkpoint_to_cpu)
-    Trainer.load_checkpoint = sharded_checkpoints.loading_places(Trainer.load_checkpoint)
+    Trainer.load_checkpoint = sharded_checkpoints.loading_directories(Trainer.load_checkpoint)
+    Trainer.save_checkpoint = sharded_checkpoints.only_with_all_experts(Trainer.save_checkpoint)
 
 
 def stop_and_recover() -> None:

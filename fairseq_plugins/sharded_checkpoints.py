@@ -55,7 +55,8 @@ class Place:
 
 def place_of(trainer: Any) -> Place:
     """Where the process of a trainer stands; without expert parallelism each has all experts."""
-    size = getattr(trainer.task, "expert_parallel_size", 1)
+    parallel = getattr(trainer.task, "parallel", None)
+    size = 1 if parallel is None else parallel.size
     return Place(trainer.data_parallel_rank, trainer.data_parallel_world_size, size)
 
 
@@ -177,9 +178,25 @@ def remove_old_names(cfg: Any) -> None:
             Path(path).unlink(missing_ok=True)
 
 
+def only_with_all_experts(save_checkpoint: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Wrap the trainer's method of that name: where experts are shared out, nothing is written but by `save`.
+
+    fairseq's ``crash.pt`` would hold those of one process, which writes it while the others go on, or wait.
+    """
+
+    @functools.wraps(save_checkpoint)
+    def wrapped(trainer: Any, filename: str, extra_state: Any) -> str | None:
+        if place_of(trainer).expert_parallel_size > 1 and recording() is None:
+            logger.warning("%s is not written: this process holds only its own experts", filename)
+            return None
+        return save_checkpoint(trainer, filename, extra_state)
+
+    return wrapped
+
+
 def expert_names(trainer: Any) -> set[str]:
     """Names of the parameters that this process shares out with others."""
-    return {name for name, each in trainer.get_model().named_parameters() if getattr(each, "expert", False)}
+    return {name for name, each in trainer.get_model().named_parameters() if hasattr(each, "expert")}
 
 
 def parameter_names(trainer: Any) -> list[str]:
@@ -191,60 +208,44 @@ def parameter_names(trainer: Any) -> list[str]:
 # Reading
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    place: int
-    places: int
-    parameters: list[str]
-    expert: Callable[[str], bool]
+_place: ContextVar[Place] = ContextVar("place", default=Place())  # noqa: B039 - it is frozen
 
 
-_wanted: ContextVar[_Wanted | None] = ContextVar("wanted", default=None)
+def loading_directories(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the trainer's method of that name: of a directory each process reads what it needs.
 
-
-def loading_places(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the trainer's method of that name: each process reads its own experts, from a directory or a file."""
+    A file is read by the first process, which sends it to all; each takes its own experts from it.
+    """
 
     @functools.wraps(load_checkpoint)
     def wrapped(trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
-        place, directory = place_of(trainer), _directory(filename)
-        if directory is None and place.expert_parallel_size == 1:
+        directory = _directory(filename)
+        if directory is None:
             return load_checkpoint(trainer, filename, *args, **kwargs)
-        if directory is not None:
-            filename = str(directory / sharded.SHARED)  # fairseq asks whether it is a file
-        wanted = _Wanted(
-            place.place, place.expert_parallel_size, parameter_names(trainer), expert_names(trainer).__contains__
-        )
-        token = _wanted.set(wanted)
+        token = _place.set(place_of(trainer))
         try:
             with changed(trainer.cfg.checkpoint, load_checkpoint_on_all_dp_ranks=True):
-                return load_checkpoint(trainer, filename, *args, **kwargs)
+                # fairseq asks whether it is a file.
+                return load_checkpoint(trainer, str(directory / sharded.SHARED), *args, **kwargs)
         finally:
-            _wanted.reset(token)
+            _place.reset(token)
 
     return wrapped
 
 
 def joining(load_checkpoint_to_cpu: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap fairseq's function of that name: read directories too; all experts, or those that a trainer wants."""
+    """Wrap fairseq's function of that name: read directories too; all experts, or those of a trainer's process."""
 
     @functools.wraps(load_checkpoint_to_cpu)
     def wrapped(path: str, *args: Any, **kwargs: Any) -> Any:
-        directory, wanted = _directory(path), _wanted.get()
-        if directory is not None:
-            manifest = sharded.read_manifest(directory)
-            sharded.check_files(directory, manifest, [sharded.SHARED])
-            state = load_checkpoint_to_cpu(str(directory / sharded.SHARED), *args, **kwargs)
-            place, places = (0, 1) if wanted is None else (wanted.place, wanted.places)
-            sharded.fill(state, directory, manifest, place=place, places=places)
-            return state
-        state = load_checkpoint_to_cpu(path, *args, **kwargs)
-        if wanted is None or wanted.places == 1:
-            return state
-        split = sharded.split_state(state, wanted.parameters, wanted.expert)
-        for name, tensor in sharded.share_out(split, wanted.place, wanted.places).items():
-            sharded.insert(split.shared, name, tensor)
-        return split.shared
+        directory, place = _directory(path), _place.get()
+        if directory is None:
+            return load_checkpoint_to_cpu(path, *args, **kwargs)
+        manifest = sharded.read_manifest(directory)
+        sharded.check_files(directory, manifest, [sharded.SHARED])
+        state = load_checkpoint_to_cpu(str(directory / sharded.SHARED), *args, **kwargs)
+        sharded.fill(state, directory, manifest, place=place.place, places=place.expert_parallel_size)
+        return state
 
     return wrapped
 

@@ -10,6 +10,7 @@ from fairseq.modules.transformer_layer import TransformerDecoderLayerBase, Trans
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fairseq_plugins.expert_parallel import Step
 from fairseq_plugins.models.attention import FusedAttention
 from fairseq_plugins.models.configuration import moe_config
 from fairseq_plugins.models.recording import record
@@ -228,13 +229,16 @@ class MoESublayer(nn.Module):
     seed = 1
     """Of the run, for what is drawn by update; fairseq's default until the model is built."""
     survivors: Tensor | None
+    step: Step | None = None
+    """Of the micro-batch in hand, also while its activations are recomputed; None leaves draws to torch."""
 
     def replace_feed_forward(self, cfg: Any, side: str, index: int) -> None:
         """Put a MoE layer in the place of the two linear maps that fairseq's constructor made."""
         if getattr(cfg.quant_noise, "pq", 0) > 0:
             raise ConfigError(f"quant_noise_pq={cfg.quant_noise.pq} does not reach MoE layers; set it to 0")
         del self.fc1, self.fc2
-        self.moe = MoELayer(moe_config(cfg, side), backend=None if cfg.moe_kernel == "auto" else cfg.moe_kernel)
+        backend = None if cfg.moe_kernel == "auto" else cfg.moe_kernel
+        self.moe = MoELayer(moe_config(cfg, side), backend, getattr(cfg, "parallel", None))
         self.layer_name = f"{side}.{index}"
         self.layer_number = 2 * index + (side == "decoder")
         self.recompute = bool(cfg.checkpoint_activations)
@@ -250,7 +254,10 @@ class MoESublayer(nn.Module):
 
     def feed_forward(self, x: Tensor, normed: Tensor, padding_mask: Tensor | None) -> Tensor:
         """The MoE sublayer; see `Sublayers.feed_forward`."""
-        output = self.moe(normed, None if padding_mask is None else padding_mask.t(), self.survivors)
+        mask, keys = None if padding_mask is None else padding_mask.t(), None
+        if self.step is not None and self.training:
+            mask, keys = self.step.padding(mask, len(normed)), self.step.keys(self.layer_number, len(normed))
+        output = self.moe(normed, mask, self.survivors, keys)
         record(self.layer_name, output)
         return self.close(x, output.y, 0.0)
 

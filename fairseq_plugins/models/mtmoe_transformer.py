@@ -14,6 +14,7 @@ from fairseq.models.transformer.transformer_legacy import base_architecture
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import Tensor, nn
 
+from fairseq_plugins.expert_parallel import Step
 from fairseq_plugins.models.alignment import align_attention
 from fairseq_plugins.models.configuration import MtmoeTransformerConfig, is_moe_layer, moe_freq, set_defaults
 from fairseq_plugins.models.layers import (
@@ -88,12 +89,20 @@ class MtmoeTransformerModel(TransformerModelBase):
     def build_model(cls, args: Namespace, task: Any) -> MtmoeTransformerModel:
         """Make a model; called by fairseq."""
         mtmoe_transformer(args)  # a checkpoint of an older version may lack newer options
-        model = super().build_model(MtmoeTransformerConfig.from_namespace(args), task)
+        cfg = MtmoeTransformerConfig.from_namespace(args)
+        cfg.parallel = getattr(task, "parallel", None)
+        model = super().build_model(cfg, task)
         for layer in model.modules():
             if isinstance(layer, MoESublayer):
                 layer.seed = getattr(args, "seed", MoESublayer.seed)
         model.set_num_updates(0)
         return model
+
+    def set_step(self, step: Step) -> None:
+        """Tell the MoE layers which sentences come next; called by the task before each micro-batch."""
+        for layer in self.modules():
+            if isinstance(layer, MoESublayer):
+                layer.step = step
 
     @classmethod
     def build_encoder(cls, cfg: Any, src_dict: Any, embed_tokens: nn.Embedding) -> MoETransformerEncoder:

@@ -12,7 +12,9 @@ from fairseq.optim import FairseqOptimizer, register_optimizer
 from omegaconf import II
 from torch import Tensor, nn
 
+from fairseq_plugins.expert_checkpoints import take_local
 from mtmoe.moe.experts import ExpertBank
+from mtmoe.parallel import ExpertParallel, reduce_expert_gradients, total_norm
 from mtmoe.training.expert_adamw import EXPERT_UPDATES, ExpertAdamW
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,8 @@ class MtmoeAdamW(FairseqOptimizer):
         self._optimizer = ExpertAdamW(list(params), **self.optimizer_config, expert_updates=cfg.expert_updates)
         self._factor: Tensor | float = 1.0
         self._model: nn.Module | None = None
+        self._parallel: ExpertParallel | None = None
+        self._scale = ""
 
     @property
     def optimizer_config(self) -> dict[str, Any]:
@@ -88,12 +92,25 @@ class MtmoeAdamW(FairseqOptimizer):
         """Never touch the experts' weights again; for an optimiser that is being replaced."""
         self._optimizer.release()
 
+    def share_experts(self, parallel: ExpertParallel, scale: str) -> None:
+        """Leave experts to the ranks that hold them.
+
+        Args:
+            parallel: the ranks.
+            scale: of their gradients, one of `mtmoe.parallel.EXPERT_GRADIENT_SCALES`.
+        """
+        self._parallel, self._scale = parallel, scale
+
     def all_reduce_grads(self, module: nn.Module) -> None:
         """Sum the gradients over processes where the wrapper does not, and agree on the experts that have one."""
         super().all_reduce_grads(module)
+        group = None
+        if self._parallel is not None:
+            reduce_expert_gradients(filter(_is_expert, self.params), self._parallel, self._scale)
+            group = self._parallel.groups.data_parallel
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             largest = torch.distributed.ReduceOp.MAX
-            self._optimizer.share_used(lambda flags: torch.distributed.all_reduce(flags, largest))
+            self._optimizer.share_used(lambda flags: torch.distributed.all_reduce(flags, largest, group=group))
 
     def zero_grad(self) -> None:
         """Forget the gradients, and the factor that belonged to them."""
@@ -114,12 +131,21 @@ class MtmoeAdamW(FairseqOptimizer):
         Returns:
             () fp32 norm before clipping.
         """
-        norm = self._optimizer.gradient_norm() * self._factor
+        if self._parallel is None:
+            norm = self._optimizer.gradient_norm()
+        else:
+            replicated = self._optimizer.gradient_norm(lambda each: not _is_expert(each))
+            norm = total_norm(replicated, self._optimizer.gradient_norm(_is_expert), self._parallel)
+        norm = norm * self._factor
         if aggregate_norm_fn is not None:
             norm = aggregate_norm_fn(norm)
         if max_norm > 0:
             self._factor = self._factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)
         return norm
+
+    def load_state_dict(self, state_dict: dict[str, Any], optimizer_overrides: Any = None) -> None:
+        """Take a state back; of one that holds all experts, those of this process."""
+        super().load_state_dict(take_local(state_dict, list(self.params)), optimizer_overrides)
 
     def step(self, closure: Any = None, scale: float = 1.0, groups: Any = None) -> None:
         """Update the parameters.
@@ -131,3 +157,7 @@ class MtmoeAdamW(FairseqOptimizer):
         """
         self._optimizer.step(closure, factor=self._factor / scale)
         self._factor = 1.0
+
+
+def _is_expert(parameter: Tensor) -> bool:
+    return hasattr(parameter, "expert")

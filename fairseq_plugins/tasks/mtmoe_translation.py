@@ -11,13 +11,15 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from fairseq.data import Dictionary
-from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
 from fairseq.tasks import FairseqTask, register_task
 from numpy.typing import NDArray
 from omegaconf import II, MISSING
 from torch import Tensor
 
+from fairseq_plugins import expert_parallel
+from fairseq_plugins.expert_parallel import ExpertParallelOptions
 from fairseq_plugins.stopping import stopper
 from fairseq_plugins.tasks.batch_iterators import FixedBatches, TrainingEpochs
 from fairseq_plugins.tasks.parallel_dataset import Direction, ParallelDataset, Side, read_side
@@ -25,6 +27,7 @@ from fairseq_plugins.tasks.token_dropout import TokenDropout
 from fairseq_plugins.tasks.validation import TRAIN_SAMPLE, check_metric, log_means, read_groups
 from fairseq_plugins.update_guard import UpdateGuard
 from mtmoe.errors import ConfigError, DataError, UnknownLanguage
+from mtmoe.parallel import ExpertParallel
 from mtmoe.training import curriculum
 from mtmoe.training.auto_curriculum import AutoCurriculum
 from mtmoe.training.sampling import keyed_uniform
@@ -33,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class MtmoeTranslationConfig(FairseqDataclass):
+class MtmoeTranslationConfig(ExpertParallelOptions):
     """Options of ``--task mtmoe_translation``."""
 
     data: str = field(default=MISSING, metadata={"help": "folder that `mtmoe prepare` wrote"})
@@ -133,6 +136,8 @@ class MtmoeTranslationTask(FairseqTask):
         self.guard = UpdateGuard(cfg.max_nonfinite_updates, cfg.spike_factor)
         self.num_updates = 0
         self.epochs: TrainingEpochs | None = None
+        self.parallel: ExpertParallel | None = None
+        """The processes that share the work of MoE layers; None while there is no model, or each works for itself."""
         self.tokens = TokenDropout.from_config(cfg, dictionary, self.directions)
         self._micro_batch = (-1, 0)
         self._validated = 0
@@ -194,6 +199,11 @@ class MtmoeTranslationTask(FairseqTask):
     def has_sharded_data(self, split: str) -> bool:
         """The data is one folder."""
         return False
+
+    def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
+        """Make the model, with this process's share of the experts; called by fairseq in all processes."""
+        self.parallel = expert_parallel.start(self.cfg)
+        return super().build_model(cfg, from_checkpoint)
 
     # Data
 
@@ -286,6 +296,7 @@ class MtmoeTranslationTask(FairseqTask):
             indices = np.flatnonzero(~too_long)
             batches = dataset.batches(indices, max_tokens, max_sentences, required_batch_size_multiple)
             return FixedBatches(dataset, batches, num_shards, shard_id)
+        expert_parallel.check_training(self.cfg)
         before = self.epochs  # fairseq asks for an iterator at each epoch
         self.epochs = TrainingEpochs(
             dataset, before.schedule if before is not None else self._schedule(dataset, ~too_long), ~too_long,
@@ -347,6 +358,10 @@ class MtmoeTranslationTask(FairseqTask):
         if hasattr(optimizer, "watch_experts"):
             optimizer.watch_experts(model)
         model.set_num_updates(update_num)
+        if self.parallel is not None:
+            expert_parallel.share(model, optimizer, self.parallel, self.cfg.expert_gradient_scale)
+        if expert_parallel.in_any_layout(self.cfg) and hasattr(model, "set_step"):
+            model.set_step(expert_parallel.Step(self.cfg.seed, update_num, sample["id"], counts=not ignore_grad))
         if hasattr(criterion, "collect_routing"):
             criterion.collect_routing = (update_num + 1) % self.cfg.log_interval == 0
         if self._copies(update_num, micro):

@@ -6,6 +6,7 @@ backward by hand; it runs on any device) and ``triton`` (one kernel each way). T
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -55,8 +56,20 @@ class ExpertChoice:
     """Over real tokens."""
 
 
-def draw_for_policy(gate_logits: Tensor, top_k: int, policy: str) -> Tensor | None:
-    """Draw what a policy needs in training, from torch's global generator.
+def draw_for_policy(
+    gate_logits: Tensor,
+    top_k: int,
+    policy: str,
+    uniform: Callable[[int, torch.dtype], Tensor] | None = None,
+) -> Tensor | None:
+    """Draw what a policy needs in training.
+
+    Args:
+        gate_logits: (tokens, num_experts).
+        top_k: choices of a token.
+        policy: one of `POLICIES`.
+        uniform: gives (tokens, n) multiples of 2^-24 in [0, 1) of a type, for n draws a token; None takes torch's
+            global generator.
 
     Returns:
         (tokens, num_experts) exponential draws for ``sampling``, (tokens, top_k) uniform ones in [0, 1) for ``random``;
@@ -67,8 +80,13 @@ def draw_for_policy(gate_logits: Tensor, top_k: int, policy: str) -> Tensor | No
     gate_logits = gate_logits.detach()
     dtype = torch.promote_types(gate_logits.dtype, torch.float32)
     if policy == "sampling":
-        return torch.empty_like(gate_logits, dtype=dtype).exponential_()
-    return torch.rand(len(gate_logits), top_k, dtype=dtype, device=gate_logits.device)
+        if uniform is None:
+            return torch.empty_like(gate_logits, dtype=dtype).exponential_()
+        # Half a step up: the logarithm of 0 is not finite, and that of 1 gives a draw whose own logarithm is not.
+        return -(uniform(gate_logits.shape[1], torch.float64) + 2.0**-25).log().to(dtype)
+    if uniform is None:
+        return torch.rand(len(gate_logits), top_k, dtype=dtype, device=gate_logits.device)
+    return uniform(top_k, dtype)
 
 
 def choose_experts(

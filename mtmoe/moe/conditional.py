@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from mtmoe import kernels
 from mtmoe.moe.config import MoEConfig
 from mtmoe.moe.experts import activation_of
+from mtmoe.moe.keyed import DrawKeys
+from mtmoe.parallel import ExpertParallel
 
 
 class SharedFeedForward(nn.Module):
@@ -41,9 +43,9 @@ class ConditionalGates:
     value: Tensor
     """(tokens, 1) fp32: share of the experts in each token's output; after gate dropout."""
     total: Tensor
-    """() fp32: sum over real tokens, with a gradient, for the budget loss."""
+    """() fp32: sum over real tokens, of all ranks, with a gradient, for the budget loss."""
     count: Tensor
-    """() int64: real tokens."""
+    """() int64: real tokens, of all ranks."""
 
 
 class ConditionalRouting(nn.Module):
@@ -52,30 +54,36 @@ class ConditionalRouting(nn.Module):
     Sources: NLLB Team 2022; Elbayad et al. 2022; after Zhang et al. 2021 (CLSR).
     """
 
-    def __init__(self, config: MoEConfig) -> None:
+    def __init__(self, config: MoEConfig, parallel: ExpertParallel | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.parallel = config, parallel
         self.gate = nn.Linear(config.d_model, 1)
         self.shared = SharedFeedForward(config)
 
-    def gates(self, x: Tensor, real: Tensor | None) -> ConditionalGates:
+    def gates(self, x: Tensor, real: Tensor | None, keys: DrawKeys | None = None) -> ConditionalGates:
         """Compute the gates, with gate dropout in training.
 
         Args:
             x: (tokens, d_model).
             real: (tokens,) bool, False for padding, which does not count in the sum; None when all are real.
+            keys: what gate dropout's draws depend on; None draws from torch's generator.
         """
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             value = torch.sigmoid(F.linear(x.to(dtype), self.gate.weight.to(dtype), self.gate.bias.to(dtype)))
         rate = self.config.cmr_gate_drop
         if self.training and rate > 0:
-            value = value.masked_fill(torch.rand_like(value) < rate, 0)
+            draws = torch.rand_like(value) if keys is None else keys.uniform("cmr", 1, value.dtype)
+            value = value.masked_fill(draws < rate, 0)
             if self.config.cmr_gate_drop_mode == "inverted":
                 value = value / (1 - rate)
         if real is None:
-            return ConditionalGates(value, value.sum(), torch.tensor(len(value), device=x.device))
-        return ConditionalGates(value, value[real].sum(), real.sum())
+            total, count = value.sum(), torch.tensor(len(value), device=x.device)
+        else:
+            total, count = value[real].sum(), real.sum()
+        if self.parallel is not None:
+            total, count = self.parallel.sum(total, count)
+        return ConditionalGates(value, total, count)
 
     def forward(self, x: Tensor, experts_output: Tensor, gates: ConditionalGates) -> Tensor:
         """Mix the shared network's output with the experts': (tokens, d_model), the type of `experts_output`."""

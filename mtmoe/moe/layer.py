@@ -13,8 +13,11 @@ from mtmoe.moe.conditional import ConditionalRouting
 from mtmoe.moe.config import MoEConfig
 from mtmoe.moe.experts import ExpertBank
 from mtmoe.moe.gates import build_gate
+from mtmoe.moe.keyed import DrawKeys
 from mtmoe.moe.masking import drop_gating, mask_expert_outputs, mask_final_output
+from mtmoe.moe.sharding import ShardedExperts
 from mtmoe.moe.statistics import RoutingStatistics, gather_statistics
+from mtmoe.parallel import ExpertParallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +41,32 @@ class MoELayer(nn.Module):
         config: of the layer; stored with the model.
         backend: a key of `mtmoe.kernels.BACKENDS`, to force one; None takes the best for the device. Not stored: it
             changes how the layer computes, not what.
+        parallel: the ranks that share out the experts, and whose batches the losses and the sum of the CMR gates are
+            over: each rank's losses are those of one process with all batches. Their gradients are of all ranks' losses
+            together, so when each rank weights them by its own number of tokens and the trainer adds up gradients,
+            one process with all tokens is what comes out. Capacity is by rank, as in GShard. None: one process, which
+            needs nothing of torch.distributed.
     """
 
-    def __init__(self, config: MoEConfig, backend: str | None = None) -> None:
+    def __init__(
+        self, config: MoEConfig, backend: str | None = None, parallel: ExpertParallel | None = None
+    ) -> None:
         super().__init__()
         self.config, self.backend = config, backend
-        self.gate = build_gate(config, backend)
-        self.experts = ExpertBank(config, backend)
-        self.conditional = ConditionalRouting(config) if config.cmr else None
+        self.sharded = None
+        if parallel is not None and parallel.size > 1:
+            self.sharded = ShardedExperts(config, parallel, backend)
+        self.gate = build_gate(config, backend, parallel)
+        self.experts = ExpertBank(config, backend, None if self.sharded is None else self.sharded.local)
+        self.conditional = ConditionalRouting(config, parallel) if config.cmr else None
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None, survivors: Tensor | None = None) -> MoEOutput:
+    def forward(
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None = None,
+        survivors: Tensor | None = None,
+        keys: DrawKeys | None = None,
+    ) -> MoEOutput:
         """Send each token through its experts.
 
         Args:
@@ -55,18 +74,23 @@ class MoELayer(nn.Module):
             padding_mask: (…) bool, True at padding, which is not routed and takes no capacity; None when there is none.
             survivors: (survivors,) int64 of `mtmoe.moe.clusters.surviving_experts`, the experts that take part in
                 training; None for all. Evaluation uses all experts whatever is given.
+            keys: what random choices (not ordinary dropout) depend on in training, their tokens of shape (…); None
+                draws from torch's generator.
 
         Returns:
             The output in the shape of `x`, the losses and the statistics.
 
         Raises:
-            ValueError: a shape does not fit, or cluster_expert_dropout is on in training without `survivors`.
+            ValueError: a shape does not fit, cluster_expert_dropout is on in training without `survivors`, or
+                gating_dropout without `keys` where ranks share out the experts.
         """
         config = self.config
         if x.shape[-1] != config.d_model:
             raise ValueError(f"x of shape {tuple(x.shape)} must end in d_model={config.d_model}")
         if padding_mask is not None and padding_mask.shape != x.shape[:-1]:
             raise ValueError(f"padding_mask {tuple(padding_mask.shape)} must be of shape {tuple(x.shape[:-1])}, as x")
+        if keys is not None and keys.tokens.shape != x.shape[:-1]:
+            raise ValueError(f"keys.tokens {tuple(keys.tokens.shape)} must be of shape {tuple(x.shape[:-1])}, as x")
         if not self.training:
             survivors = None
         elif survivors is not None:
@@ -79,22 +103,27 @@ class MoELayer(nn.Module):
         tokens = x.reshape(-1, config.d_model)
         real = None if padding_mask is None else ~padding_mask.reshape(-1)
 
-        chosen = self.gate(tokens, real, survivors)
+        chosen = self.gate(tokens, real, survivors, keys)
         seated = limit(chosen, config, self.training)
-        decision = drop_gating(seated, config, self.training)
         # EOM hides expert outputs; hidden pairs are not worth computing, so it stands before dispatch.
-        decision = mask_expert_outputs(decision, config, self.training)
-        plan = kernels.plan_dispatch(decision.expert_index, config.num_experts)
         narrow = tokens.to(autocast_dtype(tokens))  # once for all branches; gates read the tokens in their own type
-        y = self.experts(kernels.dispatch(narrow, plan, backend=self.backend), plan)
-        y = kernels.combine(y, plan, decision.weight, backend=self.backend)
+        if self.sharded is None:
+            decision = drop_gating(seated, config, self.training, keys)
+            decision = mask_expert_outputs(decision, config, self.training, keys)
+            plan = kernels.plan_dispatch(decision.expert_index, config.num_experts)
+            y = self.experts(kernels.dispatch(narrow, plan, backend=self.backend), plan)
+            y = kernels.combine(y, plan, decision.weight, backend=self.backend)
+        else:
+            stays = self.sharded.stays_local(self.training, keys)
+            decision = mask_expert_outputs(seated, config, self.training, keys)
+            y = self.sharded.run(narrow, decision, self.experts, stays)
 
         gates = None
         if self.conditional is not None:
-            gates = self.conditional.gates(tokens, real)
+            gates = self.conditional.gates(tokens, real, keys)
             y = self.conditional(narrow, y, gates)
             if real is not None:
                 y = y.masked_fill(~real[:, None], 0)
-        y = mask_final_output(y, config, self.training)
+        y = mask_final_output(y, config, self.training, keys)
         statistics = gather_statistics(chosen, seated, real, gates, survivors)
         return MoEOutput(y.view(x.shape), chosen.losses, statistics)

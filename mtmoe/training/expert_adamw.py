@@ -233,8 +233,11 @@ class ExpertAdamW(torch.optim.Optimizer):
         for bank in self._banks:
             bank.used.clear()
 
-    def gradient_norm(self) -> Tensor:
+    def gradient_norm(self, chosen: Callable[[Tensor], bool] | None = None) -> Tensor:
         """Euclidean norm of all gradients, in one pass that leaves out experts without tokens.
+
+        Args:
+            chosen: which parameters to take; None takes all.
 
         Returns:
             () fp32 or wider.
@@ -242,7 +245,7 @@ class ExpertAdamW(torch.optim.Optimizer):
         pairs: list[tuple[Tensor, Sequence[int] | None]] = []
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
+                if parameter.grad is not None and (chosen is None or chosen(parameter)):
                     bank = self._watched.get(parameter)
                     pairs.append((parameter.grad, None if bank is None else sorted(bank.used)))
         return kernels.total_norm(pairs)

@@ -18,7 +18,6 @@ import fairseq_plugins  # noqa: F401 - repairs saving and loading, which is unde
 from fairseq_plugins import sharded_checkpoints
 from fairseq_plugins.checkpoints import NotWritten, last_save
 from fairseq_plugins.rollback import remove_given_up
-from fairseq_plugins.sharded_checkpoints import Place
 from fairseq_plugins.update_guard import TrainingDiverged, UpdateGuard
 from mtmoe.checkpoint import writing
 from mtmoe.checkpoint.sharded import read_state, reshard
@@ -56,7 +55,7 @@ class Trainer:
         self.place, self.places = rank % places, places
         self.model = Layer(self.place, places)
         self.optimizer = SimpleNamespace(optimizer=torch.optim.SGD(self.model.parameters(), lr=1.0, momentum=0.9))
-        self.task = SimpleNamespace(guard=UpdateGuard(limit=3))
+        self.task = SimpleNamespace(guard=UpdateGuard(limit=3), parallel=SimpleNamespace(size=places))
         self.cfg = SimpleNamespace(checkpoint=OmegaConf.create({"load_checkpoint_on_all_dp_ranks": False}))
         self.train_to(updates)
 
@@ -126,7 +125,7 @@ class Trainer:
             assert torch.equal(*buffers)
 
 
-Trainer.load_checkpoint = sharded_checkpoints.loading_places(Trainer.load_checkpoint)
+Trainer.load_checkpoint = sharded_checkpoints.loading_directories(Trainer.load_checkpoint)
 
 
 def make_config(folder, **changes):
@@ -143,12 +142,7 @@ def names(folder):
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    # A stub's place; the trainer's is tested in whole trainings.
-    monkeypatch.setattr(
-        sharded_checkpoints, "place_of", lambda t: Place(t.data_parallel_rank, t.data_parallel_world_size, t.places)
-    )
-    monkeypatch.setattr("fairseq_plugins.checkpoints.place_of", lambda t: sharded_checkpoints.place_of(t))
+def fresh():
     yield
     last_save.failure = ""
     checkpoint_utils.save_checkpoint.__dict__.pop("best", None)
@@ -214,13 +208,6 @@ def test_two_processes_save_and_any_number_resumes(tmp_path):
     save(make_config(folder), trainer, 0.5)
     assert names(folder) == ["checkpoint_1_40.pt", "checkpoint_best.pt", "checkpoint_last.pt"]
     assert all(path.is_file() and not path.is_symlink() for path in folder.iterdir())
-
-    def from_file(rank):
-        trainer = Trainer(rank, 2, 2)
-        checkpoint_utils.load_checkpoint(make_config(folder), trainer)
-        trainer.check(40)
-
-    in_world(from_file, tmp_path)
 
 
 def test_replicas_save_nothing_and_resume_alike(tmp_path):
@@ -364,3 +351,12 @@ def test_directories_of_the_user_are_never_removed(tmp_path):
     save(make_config(folder), trainer)
     assert names(folder) == ["checkpoint_1_20.pt", "checkpoint_last.pt", "checkpoint_of_4"]
     assert read_state(folder / "checkpoint_of_4")["optimizer_history"][-1]["num_updates"] == 10
+
+
+def test_nothing_is_written_without_the_experts_of_others(tmp_path, caplog):
+    save_checkpoint = sharded_checkpoints.only_with_all_experts(Trainer.save_checkpoint)
+    save_checkpoint(Trainer(0, 2, 2), str(tmp_path / "crash.pt"), {})
+    assert "crash.pt is not written: this process holds only its own experts" in caplog.text
+    assert names(tmp_path) == []
+    save_checkpoint(Trainer(), str(tmp_path / "crash.pt"), {})
+    assert names(tmp_path) == ["crash.pt"]

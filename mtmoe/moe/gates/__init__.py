@@ -5,19 +5,20 @@ from __future__ import annotations
 from mtmoe.moe.config import MoEConfig
 from mtmoe.moe.gates.cosine import CosineGate
 from mtmoe.moe.gates.topk import TopKGate
+from mtmoe.parallel import ExpertParallel
 
 __all__ = ["GATES", "CosineGate", "TopKGate", "build_gate"]
 
 GATES: dict[str, type[TopKGate]] = {"topk": TopKGate, "moec": CosineGate}
-"""Name -> gate: a module with ``forward(x, real, survivors) -> RoutingDecision``."""
+"""Name -> gate: a module with ``forward(x, real, survivors, keys) -> RoutingDecision``."""
 
 
-def build_gate(config: MoEConfig, backend: str | None = None) -> TopKGate:
-    """Make the gate that a config names; `backend` forces an implementation, as in `MoELayer`.
+def build_gate(config: MoEConfig, backend: str | None = None, parallel: ExpertParallel | None = None) -> TopKGate:
+    """Make the gate that a config names; `backend` and `parallel` as in `MoELayer`.
 
     Raises:
         ValueError: the name is unknown; the text lists the known ones.
     """
     if config.gate not in GATES:
         raise ValueError(f"gate={config.gate!r} is unknown; choose one of: {', '.join(sorted(GATES))}")
-    return GATES[config.gate](config, backend)
+    return GATES[config.gate](config, backend, parallel)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from mtmoe.kernels.gating import ExpertChoice
 from mtmoe.moe.config import MoEConfig
 from mtmoe.moe.gates.topk import TopKGate
+from mtmoe.parallel import ExpertParallel
 
 TEMPERATURE = 0.07
 """Of the probabilities, fixed, and where the learnt one of the weights starts (Xie et al. 2022)."""
@@ -31,8 +32,8 @@ class CosineGate(TopKGate):
     Source: Xie et al. 2022 (MoEC), after Chi et al. 2022 (X-MoE).
     """
 
-    def __init__(self, config: MoEConfig, backend: str | None = None) -> None:
-        super().__init__(config, backend, width=config.cosine_gate_dim)
+    def __init__(self, config: MoEConfig, backend: str | None = None, parallel: ExpertParallel | None = None) -> None:
+        super().__init__(config, backend, parallel, width=config.cosine_gate_dim)
         nn.init.orthogonal_(self.weight, gain=0.1)
         bound = 1 / math.sqrt(config.d_model)
         self.projection = nn.Parameter(torch.empty(config.cosine_gate_dim, config.d_model).uniform_(-bound, bound))

@@ -1,0 +1,131 @@
+"""Runs of fairseq-train whose processes share out the experts, against others, and options that do not go together."""
+
+import shlex
+import socket
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq.distributed.legacy_distributed_data_parallel import LegacyDistributedDataParallel
+
+from fairseq_plugins import expert_checkpoints, expert_parallel
+from mtmoe.checkpoint.sharded import reshard
+from mtmoe.errors import ConfigError
+from mtmoe.moe import MoEConfig
+from mtmoe.moe.experts import ExpertBank
+
+# Every method that draws; two sentences a batch, and a number of batches that is odd in many epochs.
+MODEL = shlex.split(
+    "--arch mtmoe_transformer_tiny --encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 16 --decoder-embed-dim 16 "
+    "--encoder-ffn-embed-dim 16 --decoder-ffn-embed-dim 16 --moe-freq 2 --num-experts 4 --eom 0.2 --fom 0.1 "
+    "--cmr --cmr-gate-drop 0.2 --second-expert-policy random --dropout 0 --attention-dropout 0 "
+    "--max-sentences 2 --required-batch-size-multiple 1 --disable-validation"
+)
+UPDATES = 6
+
+
+@pytest.fixture
+def train(fairseq, toy_data, tmp_path):
+    def run(processes: int, name: str, *options: object) -> dict[int, list[float]]:
+        words = fairseq.train_command(toy_data, tmp_path / name, *MODEL, *options)
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            launcher = ("--nproc_per_node", processes, "--master_addr", "127.0.0.1", "--master_port", port)
+            words = [*fairseq.command("torchrun", *launcher), *words]
+        printed = fairseq.losses(fairseq.run(words, timeout=280).stdout)
+        return {update: [float(number) for number in line.split()] for update, line in printed.items()}
+
+    return run
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_experts_train_as_one(train):
+    """One process has the batches one after the other, so the losses that need all of them at once are left out."""
+    options = ["--max-update", UPDATES, "--load-balance-loss-weight", 0, "--cmr-loss-weight", 0]
+    one = train(1, "one", *options, "--layout-invariant", "--update-freq", 2)
+    two = train(2, "two", *options, "--expert-parallel-size", 2)
+    assert sorted(two) == sorted(one) == list(range(1, UPDATES + 1))
+    for update, numbers in one.items():  # loss without and with smoothing, gradient norm, as printed
+        assert two[update] == pytest.approx(numbers, abs=2.1e-3)
+
+
+@pytest.mark.slow
+def test_layouts_train_alike_and_take_over_each_others_checkpoints(train):
+    whole = train(2, "data", "--max-update", UPDATES, "--layout-invariant")
+    first = train(2, "experts", "--max-update", 3, "--expert-parallel-size", 2)
+    second = train(2, "experts", "--max-update", 5, "--layout-invariant")
+    third = train(2, "experts", "--max-update", UPDATES, "--expert-parallel-size", 2)
+    assert (sorted(first), sorted(second), sorted(third)) == ([1, 2, 3], [4, 5], [6])
+    for update, numbers in {**first, **second, **third}.items():
+        assert whole[update] == pytest.approx(numbers, abs=2.1e-3)
+
+
+def options(**changes) -> SimpleNamespace:
+    values = {"expert_parallel_size": 2, "layout_invariant": False, "zero_sharding": "none", "store_ema": False}
+    return SimpleNamespace(**(values | changes))
+
+
+def test_options_that_would_mix_up_experts_are_refused():
+    expert_parallel.check(options())
+    expert_parallel.check(options(expert_parallel_size=1, store_ema=True))
+    with pytest.raises(ConfigError, match="--zero-sharding os does not work"):
+        expert_parallel.check(options(zero_sharding="os"))
+    with pytest.raises(ConfigError, match="--store-ema does not work"):
+        expert_parallel.check(options(store_ema=True))
+    with pytest.raises(ConfigError, match="needs as many processes, but there is one.*torchrun --nproc_per_node 2"):
+        expert_parallel.check_training(options())
+    legacy = LegacyDistributedDataParallel.__new__(LegacyDistributedDataParallel)
+    for model, text in ((object(), "needs --ddp-backend legacy_ddp"), (legacy, "needs --optimizer mtmoe_adamw")):
+        with pytest.raises(ConfigError, match=text):
+            expert_parallel.share(SimpleNamespace(module=model), object(), SimpleNamespace(size=2), "world_size")
+    assert expert_parallel.start(options()) is None  # one process, as when a trained model is read for decoding
+
+
+def test_a_batch_that_only_keeps_others_company_counts_as_padding():
+    step = expert_parallel.Step(1, 2, torch.tensor([5, 9]), counts=False)
+    assert step.padding(None, 3).all() and step.padding(None, 3).shape == (3, 2)
+    assert expert_parallel.Step(1, 2, torch.tensor([5, 9]), counts=True).padding(None, 3) is None
+    keys = step.keys(layer=4, length=3)
+    assert (keys.seed, keys.update, keys.layer) == (1, 2, 4)
+    assert (keys.tokens[1] - keys.tokens[0]).tolist() == [1, 1]
+
+
+def test_the_optimisers_state_of_all_experts_is_cut_to_ones_own():
+    bank = ExpertBank(MoEConfig(d_model=3, d_ffn=2, num_experts=4), local=range(2, 4))
+    parameters = [torch.nn.Parameter(torch.zeros(4)), bank.b_in]
+    states = {
+        number: {"step": 7, "exp_avg": torch.arange(4.0), "exp_avg_sq": torch.arange(4.0), "touched": [1, 2, 3, 4]}
+        for number in range(2)
+    }
+    cut = expert_checkpoints.take_local({"state": states, "param_groups": []}, parameters)["state"]
+    assert cut[0] is states[0]
+    assert cut[1]["exp_avg"].tolist() == [2, 3] and cut[1]["touched"] == [3, 4] and cut[1]["step"] == 7
+    assert len(states[1]["exp_avg"]) == 4
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_from_the_experts_of_two_as_if_nothing_had_happened(train, tmp_path):
+    """Two processes save a directory each update; one resumes, with the batches of both, and saves files again."""
+    options = ["--load-balance-loss-weight", 0, "--cmr-loss-weight", 0, "--save-interval-updates", 2,
+               "--keep-interval-updates", 2]  # fmt: skip
+    unbroken = train(2, "two", *options, "--max-update", UPDATES, "--expert-parallel-size", 2)
+    first = train(2, "both", *options, "--max-update", 3, "--expert-parallel-size", 2)
+    folder = tmp_path / "both"
+    assert (folder / "checkpoint_last.pt").readlink().name == "checkpoint_1_3"
+    assert sorted(path.name for path in (folder / "checkpoint_last.pt").iterdir()) == [
+        "experts-00000-of-00002.pt", "experts-00001-of-00002.pt", "manifest.json", "shared.pt",
+    ]  # fmt: skip
+    second = train(1, "both", *options, "--max-update", UPDATES, "--layout-invariant", "--update-freq", 2)
+    assert (sorted(first), sorted(second)) == ([1, 2, 3], [4, 5, 6])
+    for update, numbers in {**first, **second}.items():  # loss without and with smoothing, gradient norm, as printed
+        assert unbroken[update] == pytest.approx(numbers, abs=2.1e-3)
+    assert (folder / "checkpoint_last.pt").is_file()
+    assert not [path.name for path in folder.iterdir() if path.is_dir() and path.name != "checkpoint_1_2"]
+    # The weights themselves, of all experts.
+    reshard(tmp_path / "two" / "checkpoint_last.pt", tmp_path / "whole.pt", None)
+    states = [torch.load(path, weights_only=True) for path in (tmp_path / "whole.pt", folder / "checkpoint_last.pt")]
+    assert states[0]["model"].keys() == states[1]["model"].keys()
+    for name, value in states[0]["model"].items():
+        torch.testing.assert_close(states[1]["model"][name], value, rtol=0, atol=1e-4, msg=name)
