@@ -1,20 +1,23 @@
 """Expert parallelism under fairseq: the ranks of a run, and what a step's random choices depend on."""
 
+import contextlib
 import logging
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.distributed.legacy_distributed_data_parallel import LegacyDistributedDataParallel
+from fairseq.logging import metrics
 from omegaconf import II
 from torch import Tensor
 
 from fairseq_plugins.processes import distributed
 from mtmoe.errors import ConfigError
 from mtmoe.moe.keyed import DrawKeys, token_numbers
-from mtmoe.parallel import EXPERT_GRADIENT_SCALES, ExpertParallel, Layout, build_groups
+from mtmoe.parallel import EXPERT_GRADIENT_SCALES, ExpertParallel, Layout, Traffic, build_groups
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +129,24 @@ def check_training(cfg: Any) -> None:
             f"--expert-parallel-size {cfg.expert_parallel_size} needs as many processes, but there is one; start "
             f"training with torchrun --nproc_per_node {cfg.expert_parallel_size}, or through Slurm"
         )
+
+
+@contextlib.contextmanager
+def counting(parallel: ExpertParallel | None, log: dict[str, Any]) -> Iterator[None]:
+    """Add to `log` the bytes that the exchange of rows sends meanwhile from this process to others."""
+    traffic = Traffic() if parallel is None else parallel.traffic
+    near, far = traffic.same_host, traffic.other_hosts
+    yield
+    if parallel is not None and parallel.size > 1:
+        log |= {"sent_same_host": traffic.same_host - near, "sent_other_hosts": traffic.other_hosts - far}
+
+
+def log_sent(logging_outputs: list[dict[str, Any]]) -> None:
+    """Log what all processes sent in an update, in MB (10^6 bytes)."""
+    for name in ("sent_same_host", "sent_other_hosts"):
+        if any(name in log for log in logging_outputs):
+            total = sum(log.get(name, 0) for log in logging_outputs)
+            metrics.log_scalar(f"{name}_mb", total / 1e6, weight=0, priority=530, round=3)
 
 
 def share(model: Any, optimizer: Any, parallel: ExpertParallel, scale: str) -> None:

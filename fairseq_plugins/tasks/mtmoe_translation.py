@@ -369,12 +369,14 @@ class MtmoeTranslationTask(FairseqTask):
         if self.tokens is not None and self.epochs is not None:
             key = (self.cfg.seed, update_num, micro, self.epochs.shard_id)
             sample = self.tokens.drop(sample, self.epochs.passes, key)
-        with self._autocast(sample):
-            loss, sample_size, logging_output = criterion(model, sample)
-        if ignore_grad:
-            loss = loss * 0
-        optimizer.backward(self.guard.poison(loss))
-        return loss, sample_size, logging_output
+        sent: dict[str, Any] = {}
+        with expert_parallel.counting(self.parallel, sent):
+            with self._autocast(sample):
+                loss, sample_size, logging_output = criterion(model, sample)
+            if ignore_grad:
+                loss = loss * 0
+            optimizer.backward(self.guard.poison(loss))
+        return loss, sample_size, {**logging_output, **sent}
 
     def optimizer_step(self, optimizer: Any, model: Any, update_num: int) -> None:
         """Step, unless loss or gradient were not finite or far too large."""
@@ -429,6 +431,7 @@ class MtmoeTranslationTask(FairseqTask):
         sentences = sum(log["nsentences"] for log in logging_outputs)
         metrics.log_scalar("bsz", sentences, priority=190, round=1)
         self.guard.log()
+        expert_parallel.log_sent(logging_outputs)
         criterion.__class__.reduce_metrics(logging_outputs)
         log_means(logging_outputs, self.groups)
 

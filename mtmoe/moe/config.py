@@ -88,7 +88,8 @@ class MoEConfig:
     gating_dropout_mode: str = "gate"
     """On such steps: gate sends tokens to the experts of their own rank, gate_expert skips the experts (0.2)."""
     gating_dropout_ranks: int = 0
-    """Ranks emulated in one process for gating dropout; 0 means one expert a rank."""
+    """Ranks emulated in one process for gating dropout; 0 means one expert a rank. Where ranks share out experts,
+    those are meant, and this stays 0."""
     expert_clusters: int = 0
     """Clusters of experts with consecutive numbers (MoEC), for cluster_variance_loss_weight and cluster_expert_dropout,
     under either gate; 0 means none."""

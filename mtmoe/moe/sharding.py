@@ -85,25 +85,27 @@ class ShardedExperts:
         segments = self.parallel.segments(plan.tokens_per_expert)
         # A GPU's plan has a row for each choice, and those that go nowhere come last: they stay here.
         arrived = self.parallel.exchange(rows[: sum(segments.sent)], segments.sent, segments.received)
-        order = regroup(segments.received_per_expert)
+        order = regroup(segments.received_per_expert, len(arrived))
         y = experts(kernels.dispatch(arrived, order, backend=self.backend), order)
         y = kernels.dispatch(y, inverse(order), backend=self.backend)
         y = self.parallel.exchange(y, segments.received, segments.sent)
         return F.pad(y, (0, 0, 0, plan.routed - len(y))) if len(y) < plan.routed else y
 
 
-def regroup(received_per_expert: Tensor) -> DispatchPlan:
+def regroup(received_per_expert: Tensor, rows: int) -> DispatchPlan:
     """The plan that groups rows by local expert which have arrived rank by rank, and by expert inside a rank.
 
     Args:
         received_per_expert: (ranks, local experts) int64.
+        rows: their sum, so that no device is waited for.
 
     Returns:
         A plan with a choice a row; an expert's rows stay in the order of the ranks.
     """
     ranks, local = received_per_expert.shape
     expert = torch.arange(local, device=received_per_expert.device).repeat(ranks)
-    return kernels.plan_dispatch(expert.repeat_interleave(received_per_expert.reshape(-1))[:, None], local)
+    expert = expert.repeat_interleave(received_per_expert.reshape(-1), output_size=rows)
+    return kernels.plan_dispatch(expert[:, None], local)
 
 
 def inverse(plan: DispatchPlan) -> DispatchPlan:

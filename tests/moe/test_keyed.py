@@ -49,14 +49,15 @@ def test_draws_for_a_whole_step_are_uniform_over_updates_and_alike_whatever_the_
 def test_a_token_keeps_its_draws_wherever_its_batch_is_cut(seed, cut):
     tokens = token_numbers(torch.tensor([seed, 3, 2**40]), 4)
     whole = DrawKeys(seed, 2, 1, tokens).uniform("cmr", 3)
-    parts = [DrawKeys(seed, 2, 1, part).uniform("cmr", 3) for part in (tokens.reshape(-1)[:cut], tokens.reshape(-1)[cut:])]
-    assert torch.equal(whole, torch.cat(parts))
+    halves = tokens.reshape(-1)[:cut], tokens.reshape(-1)[cut:]
+    assert torch.equal(whole, torch.cat([DrawKeys(seed, 2, 1, half).uniform("cmr", 3) for half in halves]))
 
 
 def test_known_values_never_change():
     # Runs that were begun go on with the same draws: these are part of what a checkpoint means.
     keys = DrawKeys(seed=1, update=2, layer=3, tokens=torch.tensor([0, 1, 2**62]))
-    assert (keys.uniform("eom", 2) * 2**24).long().tolist() == [[207620, 4620417], [11464747, 3886976], [13748777, 8106159]]
+    words = (keys.uniform("eom", 2) * 2**24).long()
+    assert words.tolist() == [[207620, 4620417], [11464747, 3886976], [13748777, 8106159]]
     assert keys.once("gating_dropout") == 0.8828166301641237
     assert torch.equal(keys.uniform("eom", 2, torch.float64), keys.uniform("eom", 2).double())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import tempfile
 import time
@@ -51,7 +52,7 @@ def _collect(receivers: list[Any], deadline: float) -> list[Any]:
         waiting = {receivers[rank]: rank for rank in range(len(receivers)) if rank not in results}
         ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise AssertionError(f"ranks {sorted(waiting.values())} are not done; they wait for each other, or are slow")
+            raise AssertionError(f"ranks {sorted(waiting.values())} are not done: they wait for others, or are slow")
         for receiver in ready:
             rank = waiting[receiver]
             try:
