@@ -150,20 +150,23 @@ def saving(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
             else:
                 wrapped.best = best
 
+        def keeping_good() -> str | None:
+            if keeper and not steady and not (folder / GOOD).exists():
+                _keep_good(folder)
+            return save_checkpoint(cfg, trainer, epoch_itr, val_loss)
+
         def tidy() -> None:
             if keeper and steady:
                 (folder / GOOD).unlink(missing_ok=True)
-            if keeper:
+            if keeper and saved is not None:
                 remove_unnamed(folder, spare_last=sharded)
 
-        job = None
+        saved, job = None, None
         try:
-            if keeper and not steady and not (folder / GOOD).exists():
-                _keep_good(folder)
             if sharded:
-                saved, job = sharded_checkpoints.save(save_checkpoint, cfg, trainer, epoch_itr, val_loss)
+                saved, job = sharded_checkpoints.save(keeping_good, cfg, trainer, epoch_itr)
             else:
-                saved = save_checkpoint(cfg, trainer, epoch_itr, val_loss)
+                saved = keeping_good()
         except (OSError, NotWritten) as error:
             forget_best()
             last_save.fail(error)

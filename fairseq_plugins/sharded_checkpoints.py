@@ -22,15 +22,16 @@ from omegaconf import open_dict
 
 from fairseq_plugins.processes import from_first
 from mtmoe.checkpoint import sharded
-from mtmoe.checkpoint.sharded import SavePlan, SplitState
+from mtmoe.checkpoint.sharded import ExpertTensor, SavePlan, SplitState
+from mtmoe.checkpoint.sharded.writing import PATIENCE
 from mtmoe.checkpoint.writing import NotWritten
 from mtmoe.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-PATIENCE, PATIENCE_AT_END = 600.0, 30.0
-"""Seconds without progress on disk after which a save is given up; the second when this process is ending by an error,
-which the others then are as well."""
+PATIENCE_AT_END = 20.0
+"""Seconds without progress on disk after which a save is given up when this process is ending, by an error or a signal:
+a process that has not begun to write then never will. torchrun kills 30 seconds after its signal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +93,15 @@ def recording() -> Recording | None:
 
 
 def save(
-    save_checkpoint: Callable[..., Any], cfg: Any, trainer: Any, epoch_itr: Any, val_loss: float | None
+    save_checkpoint: Callable[[], str | None], cfg: Any, trainer: Any, epoch_itr: Any
 ) -> tuple[str | None, Callable[[], None] | None]:
     """Run fairseq's function of that name in all processes, and copy what this one has to save.
+
+    Args:
+        save_checkpoint: that function, with its arguments.
+        cfg: of checkpoints.
+        trainer: of this process.
+        epoch_itr: where training is.
 
     Returns:
         What fairseq's function returns, and the job that writes; None where nothing is to do.
@@ -111,7 +118,7 @@ def save(
     saved, error = None, None
     _recording = mine
     try:
-        saved = save_checkpoint(cfg, trainer, epoch_itr, val_loss)
+        saved = save_checkpoint()
     except OSError as problem:
         error = NotWritten(f"{cfg.save_dir}: {problem.strerror or problem}")
     except CheckpointError as problem:
@@ -128,8 +135,10 @@ def save(
     if plan is None or not place.writes:
         return saved, None
     if place.rank > 0:
-        experts = split(utils.move_to_cpu(trainer.state_dict())).experts
-        mine.state = _copied(SplitState({}, experts))
+        experts = split(trainer.state_dict()).experts
+        # As fairseq does in the first process, which makes fp32 of half precision.
+        values = utils.move_to_cpu({name: each.values for name, each in experts.items()})
+        mine.state = _copied(SplitState({}, {name: ExpertTensor(values[name], experts[name].form) for name in experts}))
     return saved, functools.partial(_write, plan, mine, place, cfg)
 
 
@@ -157,7 +166,10 @@ def _write(plan: SavePlan, mine: Recording, place: Place, cfg: Any) -> None:
 
 
 def _patience() -> float:
-    return PATIENCE if threading.main_thread().is_alive() else PATIENCE_AT_END
+    from fairseq_plugins.stopping import stopper  # which saves, so it imports this
+
+    ends = stopper.signal or not threading.main_thread().is_alive()
+    return PATIENCE_AT_END if ends else PATIENCE
 
 
 def remove_old_names(cfg: Any) -> None:
