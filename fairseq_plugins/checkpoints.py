@@ -2,47 +2,75 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
 import logging
-import shutil
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from omegaconf import open_dict
 
-from fairseq_plugins.expert_checkpoints import all_experts
-from fairseq_plugins.processes import from_first
+from fairseq_plugins import sharded_checkpoints
+from fairseq_plugins.processes import distributed, first_problem, from_first
+from fairseq_plugins.sharded_checkpoints import changed, place_of, recording
 from fairseq_plugins.update_guard import TrainingDiverged, find_broken
+from mtmoe.checkpoint.sharded import BackgroundWriter, give_name, remove_abandoned_saves, remove_unnamed
+from mtmoe.checkpoint.writing import NotWritten, save
 from mtmoe.errors import CheckpointError
-from mtmoe.files import duplicate, remove_abandoned, replacing
-from mtmoe.training.checkpoint_files import check_whole, read_header, whole_checkpoints
+from mtmoe.files import duplicate, remove_abandoned
+from mtmoe.training.checkpoint_files import (
+    SavedCheckpoint,
+    check_whole,
+    read_header,
+    saved_checkpoints,
+    whole_checkpoints,
+)
 
 logger = logging.getLogger(__name__)
 
 LAST, GOOD = "checkpoint_last.pt", "checkpoint_good.pt"
 
 
-class NotWritten(CheckpointError):
-    """A checkpoint could not be written; what was there before is whole."""
-
-
 class LastSave:
-    """Remembers whether the last attempt to save has failed."""
+    """The last attempt to save: whether it has failed, and what still writes in the background."""
 
     def __init__(self) -> None:
         self.failure = ""
-        """Why it failed; "" = it did not."""
+        """Why it failed; "" = it did not, or is still under way."""
+        self._writer = BackgroundWriter()
+        self._undo: Callable[[], None] = lambda: None
+
+    def start(self, job: Callable[[], None], undo: Callable[[], None]) -> None:
+        """Write in the background; the save before has been settled.
+
+        Args:
+            job: writes.
+            undo: is called if that fails, when the save is settled.
+        """
+        self._undo = undo
+        self._writer.submit(job)
+
+    def settle(self) -> None:
+        """Wait for what is being written; if that fails, say so, and remember it for `check`."""
+        try:
+            self._writer.wait()
+        except (OSError, CheckpointError) as error:
+            self._undo()
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Remember a failure, and say that training goes on."""
+        self.failure = str(error)
+        logger.warning("%s. Training goes on, and tries again at the next checkpoint", error)
 
     def check(self) -> None:
-        """Call at the end of training.
+        """Call at the end of training; waits for what is being written.
 
         Raises:
             NotWritten: its last checkpoint is not on disk.
         """
+        self.settle()
         if self.failure:
             raise NotWritten(
                 f"training ends without its last checkpoint: {self.failure}. "
@@ -57,46 +85,19 @@ last_save = LastSave()
 # Writing
 
 
-class _Sink:
-    """Takes all of a file and keeps the first error: torch's writer in C++ ends the process when one gets through."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.error = file, None
-
-    error: OSError | None
-
-    def write(self, data: Any) -> int:
-        if self.error is None:
-            try:
-                self.file.write(data)
-            except OSError as error:
-                self.error = error
-        return len(data)
-
-    def flush(self) -> None:
-        """Nothing: it is flushed, and the error raised, once all is written."""
-
-
 def write_checkpoint(state: Any, filename: str, async_write: bool = False) -> None:
     """Write a checkpoint, in fairseq's place of that function; atomic, and always before it returns.
+
+    With expert parallelism it is only copied here, see `fairseq_plugins.sharded_checkpoints`.
 
     Raises:
         NotWritten: the disk is full or fails. The file of that name is as it was.
     """
-    try:
-        with replacing(filename) as temporary, temporary.open("wb") as file:
-            sink = _Sink(file)
-            torch.save(state, sink)
-            if sink.error is not None:
-                raise sink.error
-            file.flush()
-    except OSError as error:
-        needed, free = _size(state) / 1e6, shutil.disk_usage(_existing(Path(filename))).free / 1e6
-        room = f" (it needs about {needed:,.0f} MB, {free:,.0f} MB are free)"
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise NotWritten(
-            f"{filename} could not be written: {error.strerror or error}{room if full else ''}"
-        ) from error
+    collector = recording()
+    if collector is not None:
+        collector.write(state, filename)
+    else:
+        save(state, Path(filename), checksum=False)
 
 
 def copy_checkpoint(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
@@ -105,29 +106,14 @@ def copy_checkpoint(src_path: str, dst_path: str, overwrite: bool = False) -> bo
     Returns:
         False if `dst_path` exists and may not be replaced.
     """
+    collector = recording()
+    if collector is not None and Path(src_path) in collector.names:
+        collector.names.append(Path(dst_path))
+        return True
     if Path(dst_path).exists() and not overwrite:
         return False
     duplicate(src_path, dst_path)
     return True
-
-
-def _size(state: Any) -> int:
-    """Bytes of all tensors in nested containers, each storage once."""
-    storages: dict[int, int] = {}
-    waiting = [state]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, torch.Tensor):
-            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        elif isinstance(value, dict):
-            waiting.extend(value.values())
-        elif isinstance(value, list | tuple):
-            waiting.extend(value)
-    return sum(storages.values())
-
-
-def _existing(path: Path) -> Path:
-    return next(each for each in path.absolute().parents if each.exists())
 
 
 # Saving and rotation
@@ -145,6 +131,8 @@ def saving(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(cfg: Any, trainer: Any, epoch_itr: Any, val_loss: float | None) -> str | None:
         if cfg.no_save:
             return save_checkpoint(cfg, trainer, epoch_itr, val_loss)
+        last_save.settle()
+        sharded = place_of(trainer).expert_parallel_size > 1
         broken = find_broken(trainer.get_model(), trainer.optimizer)
         if broken:
             raise TrainingDiverged(
@@ -156,22 +144,40 @@ def saving(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         steady = guard is None or guard.consecutive == 0
         folder, keeper = Path(cfg.save_dir), trainer.data_parallel_rank == 0 and not trainer.checkpoint_suffix
         best = getattr(wrapped, "best", None)
-        try:
-            if keeper and not steady and not (folder / GOOD).exists():
-                _keep_good(folder)
-            with all_experts(trainer):
-                saved = save_checkpoint(cfg, trainer, epoch_itr, val_loss)
-        except (OSError, NotWritten) as error:
+
+        def forget_best() -> None:
+            """Else the next one that is as good would not be saved as the best."""
             if best is None:
                 wrapped.__dict__.pop("best", None)
             else:
-                wrapped.best = best  # else the next one that is as good would not be saved as the best
-            last_save.failure = str(error)
-            logger.warning("%s. Training goes on, and tries again at the next checkpoint", error)
+                wrapped.best = best
+
+        def keeping_good() -> str | None:
+            if keeper and not steady and not (folder / GOOD).exists():
+                _keep_good(folder)
+            return save_checkpoint(cfg, trainer, epoch_itr, val_loss)
+
+        def tidy() -> None:
+            if keeper and steady:
+                (folder / GOOD).unlink(missing_ok=True)
+            if keeper and saved is not None:
+                remove_unnamed(folder, spare_last=sharded)
+
+        saved, job = None, None
+        try:
+            if sharded:
+                saved, job = sharded_checkpoints.save(keeping_good, cfg, trainer, epoch_itr)
+            else:
+                saved = keeping_good()
+        except (OSError, NotWritten) as error:
+            forget_best()
+            last_save.fail(error)
             return None
         last_save.failure = ""
-        if keeper and steady:
-            (folder / GOOD).unlink(missing_ok=True)
+        if job is not None:
+            last_save.start(lambda: (job(), tidy()), forget_best)
+        elif not sharded:
+            tidy()
         return saved
 
     return wrapped
@@ -180,7 +186,10 @@ def saving(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 def _keep_good(folder: Path) -> None:
     newest = next(whole_checkpoints(folder, logger.warning), None)
     if newest is not None and newest.steady:
-        duplicate(newest.path, folder / GOOD)
+        if newest.path.is_dir():
+            give_name(newest.path.resolve(), folder / GOOD)
+        else:
+            duplicate(newest.path, folder / GOOD)
         logger.warning("updates are being skipped: %s stays as %s", newest.path.name, GOOD)
 
 
@@ -195,46 +204,67 @@ def loading(load_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         last_save.failure = ""
         if trainer.checkpoint_suffix or cfg.restore_file != LAST:
             return load_checkpoint(cfg, trainer, **kwargs)  # a file of each process, or the very file that is asked for
-        other = from_first(lambda: _instead_of_last(Path(cfg.save_dir)))
+        other = _instead_of_last(Path(cfg.save_dir))
         if not other:
             return load_checkpoint(cfg, trainer, **kwargs)
-        with _changed(cfg, restore_file=other, finetune_from_model=None):
+        with changed(cfg, restore_file=other, finetune_from_model=None):
             return load_checkpoint(cfg, trainer, **kwargs)
 
     return wrapped
 
 
 def _instead_of_last(folder: Path) -> str:
-    """The checkpoint to resume from if not ``checkpoint_last.pt``; "" = that one is whole, or there is none."""
-    for path in remove_abandoned(folder, "checkpoint*.pt"):
+    """The checkpoint to resume from if not ``checkpoint_last.pt``; "" = that one is whole, or there is none.
+
+    All processes call this together, and share out the files that are to be checked.
+    """
+    last = folder / LAST
+    problem, candidates = from_first(lambda: _candidates(folder))
+    for checkpoint in candidates:
+        problem = first_problem(_problem(checkpoint.path))
+        if not problem:
+            if checkpoint.path == last:
+                return ""
+            logger.warning("resuming from %s (update %d) instead of %s", checkpoint.path, checkpoint.num_updates, last)
+            return str(checkpoint.path)
+        logger.warning("%s", problem)
+    if not problem:
+        return ""
+    raise CheckpointError(
+        f"{problem}, and {folder} has no other checkpoint that is whole. Put one there as {LAST}, or move {last} "
+        "away to start anew"
+    )
+
+
+def _candidates(folder: Path) -> tuple[str, list[SavedCheckpoint]]:
+    """What is wrong with the header of ``checkpoint_last.pt``, and what to resume from, in this order."""
+    for path in [*remove_abandoned(folder, "checkpoint*.pt"), *remove_abandoned_saves(folder)]:
         logger.warning("removed %s, which a killed process left half written", path)
     last = folder / LAST
-    if not last.exists():
-        return ""
+    if not os.path.lexists(last):
+        return "", []
+    first, problem = [], ""
     try:
-        read_header(last)
-        check_whole(last)
+        if not last.exists():
+            raise CheckpointError(f"{last} leads to {last.readlink()}, which does not exist")
+        first.append(read_header(last))
     except CheckpointError as error:
-        logger.warning("%s", error)
-        problem = error
-    else:
-        return ""
-    newest = next(whole_checkpoints(folder, lambda text: None if str(last) in text else logger.warning(text)), None)
-    if newest is None:
-        raise CheckpointError(
-            f"{problem}, and {folder} has no other checkpoint that is whole. Put one there as {LAST}, or move {last} "
-            "away to start anew"
-        )
-    logger.warning("resuming from %s (update %d) instead of %s", newest.path, newest.num_updates, last)
-    return str(newest.path)
+        problem = str(error)
+        logger.warning("%s", problem)
+
+    def complain(text: str) -> None:
+        if str(last) not in text:
+            logger.warning("%s", text)
+
+    others = saved_checkpoints(folder, complain)
+    return problem, [*first, *(each for each in others if not (first and each.path.samefile(last)))]
 
 
-@contextlib.contextmanager
-def _changed(cfg: Any, **values: Any) -> Iterator[None]:
-    before = {key: cfg[key] for key in values}
-    with open_dict(cfg):
-        try:
-            cfg.update(values)
-            yield
-        finally:
-            cfg.update(before)
+def _problem(path: Path) -> str:
+    """What is wrong with this process's part of a checkpoint's files; "" = nothing."""
+    rank = torch.distributed.get_rank() if distributed() else 0
+    try:
+        check_whole(path, rank, torch.distributed.get_world_size() if distributed() else 1)
+    except CheckpointError as error:
+        return str(error)
+    return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import warnings
@@ -10,7 +9,6 @@ from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
 from fairseq import checkpoint_utils, optim
 from fairseq import utils as fairseq_utils
@@ -21,12 +19,13 @@ from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 from torch.distributed import distributed_c10d
 
-from fairseq_plugins import checkpoints, expert_checkpoints
+from fairseq_plugins import checkpoints, sharded_checkpoints
 from fairseq_plugins.processes import COLLECTIVE_TIMEOUT, record_errors
 from fairseq_plugins.restarting import restart_at_phases
 from fairseq_plugins.rollback import recovering
 from fairseq_plugins.stopping import stopping
 from fairseq_plugins.tasks.validation import TRAIN_SAMPLE
+from mtmoe.checkpoint.sharded import plain_types
 from mtmoe.errors import ConfigError
 
 _done = False
@@ -40,7 +39,7 @@ def repair() -> None:
         reload_checkpoints()
         share_checkpoints()
         save_atomically()
-        save_all_experts()
+        share_out_checkpoints()
         stop_and_recover()
         score_train_sample()
         restart_at_phases()
@@ -59,9 +58,7 @@ def reload_checkpoints() -> None:
 
     The types below are plain values; the loader still runs no code from the file.
     """
-    scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
-    dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
-    torch.serialization.add_safe_globals([argparse.Namespace, scalar, np.dtype, *dtypes])
+    torch.serialization.add_safe_globals(plain_types())
 
 
 def share_checkpoints() -> None:
@@ -91,10 +88,11 @@ def save_atomically() -> None:
     checkpoint_utils.load_checkpoint = checkpoints.loading(checkpoint_utils.load_checkpoint)
 
 
-def save_all_experts() -> None:
-    """Let a checkpoint hold the experts of all processes where they are shared out; see `expert_checkpoints`."""
-    Trainer.state_dict = expert_checkpoints.with_all_experts(Trainer.state_dict)
-    Trainer.save_checkpoint = expert_checkpoints.only_whole(Trainer.save_checkpoint)
+def share_out_checkpoints() -> None:
+    """Take directories wherever fairseq takes a checkpoint; in training each process reads its own experts only."""
+    checkpoint_utils.load_checkpoint_to_cpu = sharded_checkpoints.joining(checkpoint_utils.load_checkpoint_to_cpu)
+    Trainer.load_checkpoint = sharded_checkpoints.loading_directories(Trainer.load_checkpoint)
+    Trainer.save_checkpoint = sharded_checkpoints.only_with_all_experts(Trainer.save_checkpoint)
 
 
 def stop_and_recover() -> None:

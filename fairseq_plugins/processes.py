@@ -71,3 +71,12 @@ def record_errors() -> None:
         hook(kind, error, trace)
 
     sys.excepthook = recording
+
+
+def first_problem(text: str) -> str:
+    """The `text` of the first process that gave one; "" = none did. All have to call this together."""
+    if not distributed():
+        return text
+    texts: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(texts, text)
+    return next(filter(None, texts), "")

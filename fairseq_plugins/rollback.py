@@ -16,6 +16,7 @@ from fairseq.logging import metrics
 from fairseq_plugins.checkpoints import last_save
 from fairseq_plugins.processes import from_first
 from fairseq_plugins.update_guard import TrainingDiverged, find_broken
+from mtmoe.checkpoint.sharded import remove_unnamed
 from mtmoe.training.checkpoint_files import SavedCheckpoint, whole_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def go_back(cfg: Any, trainer: Any, task: Any, epoch_itr: Any, error: TrainingDi
     if guard.rollbacks >= limit:
         done = f"training went back to a checkpoint {guard.rollbacks} times already" if limit else "--rollbacks is 0"
         raise TrainingDiverged(f"{error}. {done}; the last checkpoint is good. {ADVICE}") from error
+    last_save.settle()  # the newest checkpoint may still be under way
     rollbacks, lr_scale = guard.rollbacks + 1, guard.lr_scale * task.cfg.rollback_lr_factor
     folder, seconds = Path(cfg.checkpoint.save_dir), trainer.cumulative_training_time()
     # From where the last rollback went to, training has diverged again: rather go to an older one, unless a newer one
@@ -89,6 +91,7 @@ def go_back(cfg: Any, trainer: Any, task: Any, epoch_itr: Any, error: TrainingDi
         error, checkpoint.path.name, checkpoint.num_updates, lr_scale, rollbacks, limit,
     )  # fmt: skip
     checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+    last_save.settle()
     rotates = cfg.checkpoint.keep_interval_updates > 0 and trainer.data_parallel_rank == 0
     if rotates and not last_save.failure:
         remove_given_up(folder, checkpoint)
@@ -101,3 +104,4 @@ def remove_given_up(folder: Path, target: SavedCheckpoint) -> None:
         if match and int(match[1]) > target.num_updates:
             path.unlink()
             logger.warning("removed %s, which is of the updates that were given up", path)
+    remove_unnamed(folder)

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("mtmoe.commands.compare", "put two evaluations side by side, with paired significance"),
     "translate": ("mtmoe.commands.translate", "translate text from arguments, a file or standard input"),
     "convert": ("mtmoe.commands.convert", "turn a fairseq checkpoint into a portable model folder"),
+    "reshard": ("mtmoe.commands.reshard", "lay a training checkpoint out for another number of processes"),
     "routing": ("mtmoe.commands.routing", "count which experts each direction's tokens choose, by layer"),
     "plugin-dir": ("mtmoe.commands.plugin_dir", "print the folder to give to fairseq as --user-dir"),
 }

@@ -41,7 +41,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~_umask())
         _sync(temporary, os.O_RDWR)
         os.replace(temporary, target)
-        _sync(target.parent, os.O_RDONLY)
+        sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -105,6 +105,11 @@ def remove_abandoned(folder: str | os.PathLike[str], pattern: str) -> list[Path]
         with contextlib.suppress(OSError):
             path.unlink()
     return found
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Let the names in a folder survive a power cut."""
+    _sync(Path(path), os.O_RDONLY)
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mtmoe.checkpoint.config import TransformerConfig
+from mtmoe.checkpoint.sharded import SHARED, check_files, is_sharded, read_experts, read_manifest
 from mtmoe.checkpoint.stored import LanguageSet, StoredModel, check_tensors, read_json
 from mtmoe.errors import CheckpointError
 from mtmoe.moe import MoEConfig
@@ -74,17 +75,19 @@ class _Inert:
 
 
 def read_fairseq_checkpoint(path: Path) -> FairseqCheckpoint:
-    """Read configuration and weights of a ``checkpoint_*.pt``.
+    """Read configuration and weights of a ``checkpoint_*.pt``, or of a sharded checkpoint with all its experts.
 
     torch's weights-only loader reads the file. The classes of fairseq, omegaconf and so on that it mentions are
     replaced by empty stand-ins; a file that asks for anything else is refused before anything is built.
 
     Args:
-        path: a file that fairseq wrote with torch 1.6 or newer.
+        path: a file that fairseq wrote with torch 1.6 or newer, or the directory of a sharded checkpoint.
 
     Raises:
         CheckpointError: the file is missing, damaged, asks for a forbidden global or is no fairseq checkpoint.
     """
+    if is_sharded(path):
+        return _read_sharded(path)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist or is not a file")
     if not zipfile.is_zipfile(path):
@@ -274,6 +277,16 @@ def _find_data(checkpoint: FairseqCheckpoint, data: Path | None) -> Path:
     raise CheckpointError(
         f"{checkpoint.path} needs its prepared data (dict.txt, spm.model); looked in {tried}. Give --data"
     )
+
+
+def _read_sharded(path: Path) -> FairseqCheckpoint:
+    manifest = read_manifest(path)
+    check_files(path, manifest, [SHARED])
+    shared = read_fairseq_checkpoint(path / SHARED)
+    prefix = "model/"
+    experts = read_experts(path, manifest, prefix=prefix)
+    weights = {name.removeprefix(prefix): each.values for name, each in experts.items()}
+    return replace(shared, path=path, tensors=shared.tensors | weights)
 
 
 def _harmless(name: str) -> bool:

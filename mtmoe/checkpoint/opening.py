@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mtmoe.checkpoint import fairseq, folder
+from mtmoe.checkpoint.sharded import MANIFEST, is_sharded
 from mtmoe.checkpoint.stored import StoredModel
 from mtmoe.errors import CheckpointError
 
@@ -13,24 +14,25 @@ RUN_CHECKPOINTS = ("checkpoints/checkpoint_best.pt", "checkpoints/checkpoint_las
 
 
 def locate_model(path: Path) -> Path:
-    """The model folder or checkpoint file that `path` means.
+    """The model folder or checkpoint that `path` means.
 
     Args:
-        path: a model folder, a fairseq checkpoint, or the folder of a training run, whose best checkpoint (else its
-            last) is taken.
+        path: a model folder, a fairseq checkpoint, a sharded checkpoint, or the folder of a training run, whose best
+            checkpoint (else its last) is taken.
 
     Raises:
         CheckpointError: there is nothing, or nothing of the kind.
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a model folder, a checkpoint (.pt) or the folder of a run")
-    if path.is_file() or folder.is_model_folder(path):
+    if path.is_file() or folder.is_model_folder(path) or is_sharded(path):
         return path
     for name in RUN_CHECKPOINTS:
-        if (path / name).is_file():
+        if (path / name).is_file() or is_sharded(path / name):
             return path / name
     raise CheckpointError(
-        f"{path} is neither a model folder ({', '.join(folder.FILES)}) nor a run with {' or '.join(RUN_CHECKPOINTS)}"
+        f"{path} is neither a model folder ({', '.join(folder.FILES)}) nor a sharded checkpoint ({MANIFEST}) nor a run "
+        f"with {' or '.join(RUN_CHECKPOINTS)}"
     )
 
 
@@ -45,4 +47,4 @@ def open_model(path: Path, data: Path | None = None) -> StoredModel:
         CheckpointError: nothing there, damaged, unsafe or unsupported.
     """
     found = locate_model(path)
-    return folder.read_folder(found) if found.is_dir() else fairseq.read_model(found, data)
+    return folder.read_folder(found) if folder.is_model_folder(found) else fairseq.read_model(found, data)

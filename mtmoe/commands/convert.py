@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         type=Path,
         metavar="CHECKPOINT",
-        help="fairseq checkpoint (.pt), or folder of a run, whose best checkpoint is taken",
+        help="fairseq checkpoint (.pt), sharded checkpoint (directory), or folder of a run, whose best one is taken",
     )
     parser.add_argument(
         "--data",
@@ -34,10 +34,10 @@ def run(args: argparse.Namespace) -> int:
     """Convert; returns the exit status."""
     # Imported here: torch takes seconds, and --help should not.
     from mtmoe.checkpoint import locate_model, open_model
-    from mtmoe.checkpoint.folder import write_folder
+    from mtmoe.checkpoint.folder import is_model_folder, write_folder
 
     found = locate_model(args.checkpoint)
-    if found.is_dir():
+    if is_model_folder(found):
         raise CheckpointError(f"{found} is a model folder already")
     if found != args.checkpoint:
         print(f"mtmoe convert: using {found}", file=sys.stderr)

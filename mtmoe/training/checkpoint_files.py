@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mtmoe.checkpoint.sharded import check_files, is_sharded, read_manifest
 from mtmoe.errors import CheckpointError
 
 NAMES = re.compile(r"checkpoint(\d+|_last|_best|_good|_\d+_\d+|\.best_.+)\.pt")
@@ -32,11 +33,15 @@ class SavedCheckpoint:
 
 
 def read_header(path: Path) -> SavedCheckpoint:
-    """Read what a checkpoint is of; its weights are not touched.
+    """Read what a checkpoint is of, a file or a directory; its weights are not touched.
 
     Raises:
         CheckpointError: it is missing, cut short or damaged; the text says which.
     """
+    if path.is_dir():
+        manifest = read_manifest(path)
+        check_files(path, manifest, contents=False)
+        return SavedCheckpoint(path, manifest.num_updates, steady=bool(manifest.about.get("steady", True)))
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -65,12 +70,23 @@ def _header(path: Path, state: dict[str, Any]) -> SavedCheckpoint:
     )
 
 
-def check_whole(path: Path) -> None:
+def check_whole(path: Path, part: int = 0, parts: int = 1) -> None:
     """Compare all bytes of a checkpoint with its checksums: torch loads a changed one without noticing.
+
+    Args:
+        path: a file or a directory.
+        part: processes may share the files of a directory out: this one's number, from 0. A file is the first's.
+        parts: how many there are.
 
     Raises:
         CheckpointError: it is missing or damaged; the text says which.
     """
+    if path.is_dir():
+        manifest = read_manifest(path)
+        check_files(path, manifest, sorted(manifest.files)[part::parts])
+        return
+    if part:
+        return
     try:
         with path.open("rb") as file:
             if file.read(4) != ZIP:
@@ -83,6 +99,35 @@ def check_whole(path: Path) -> None:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: the checksum of {damaged} is wrong")
+
+
+def saved_checkpoints(folder: Path, complain: Callable[[str], None]) -> list[SavedCheckpoint]:
+    """The checkpoints of a run whose headers can be read, files and directories: the steady ones first, newest first.
+
+    Args:
+        folder: where they are; it may be missing.
+        complain: gets a line about each that cannot be read.
+
+    Returns:
+        Of several names of one the first.
+    """
+    found: list[SavedCheckpoint] = []
+    seen: set[tuple[int, int]] = set()
+    for path in sorted(folder.glob("checkpoint*")):
+        if not NAMES.fullmatch(path.name) and not is_sharded(path):
+            continue
+        if not path.exists():
+            complain(f"{path} leads to {path.readlink()}, which does not exist")
+            continue
+        status = path.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        try:
+            found.append(read_header(path))
+        except CheckpointError as error:
+            complain(str(error))
+    return sorted(found, key=lambda each: (each.steady, each.num_updates), reverse=True)
 
 
 def whole_checkpoints(
@@ -101,17 +146,7 @@ def whole_checkpoints(
     Yields:
         Of several names of one file the first.
     """
-    found: list[SavedCheckpoint] = []
-    seen: set[tuple[int, int]] = set()
-    for path in sorted(folder.glob("checkpoint*.pt")):
-        status = path.stat()
-        if not NAMES.fullmatch(path.name) or (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        try:
-            found.append(read_header(path))
-        except CheckpointError as error:
-            complain(str(error))
+    found = saved_checkpoints(folder, complain)
     found.sort(key=lambda each: (each.steady, each.num_updates != avoid, each.num_updates), reverse=True)
     for checkpoint in found:
         if checkpoint.num_updates > until:

@@ -25,6 +25,7 @@ from fairseq_plugins import checkpoints
 from fairseq_plugins.checkpoints import NotWritten, last_save, write_checkpoint
 from fairseq_plugins.rollback import recovering
 from fairseq_plugins.update_guard import TrainingDiverged, UpdateGuard
+from mtmoe.checkpoint import writing
 from mtmoe.errors import CheckpointError
 from mtmoe.training.checkpoint_files import check_whole, read_header, whole_checkpoints
 
@@ -135,7 +136,7 @@ def die_at(moment):
     for name in ("open", "close", "fsync", "replace", "rename", "link", "unlink", "remove", "chmod", "makedirs"):
         setattr(os, name, after(getattr(os, name)))
     tempfile.mkstemp, builtins.open = after(tempfile.mkstemp), after(builtins.open)
-    checkpoints._Sink.write = after(checkpoints._Sink.write)
+    writing.Sink.write = after(writing.Sink.write)
     tick()
 
 
@@ -209,15 +210,15 @@ def test_a_full_disk_at_any_step_leaves_the_checkpoint_before(tmp_path, monkeypa
         elif step in ("fsync", "replace"):
             patch.setattr(os, step, full)
         elif step == "flush":
-            patch.setattr(checkpoints._Sink, "write", lambda self, data: len(data))
+            patch.setattr(writing.Sink, "write", lambda self, data: len(data))
             patch.setattr(os, "fsync", full)
         else:
-            initial = checkpoints._Sink.__init__
+            initial = writing.Sink.__init__
 
-            def limited(self, file):
-                initial(self, FullFile(file, 0 if step == "first" else 3))
+            def limited(self, file, digest):
+                initial(self, FullFile(file, 0 if step == "first" else 3), digest)
 
-            patch.setattr(checkpoints._Sink, "__init__", limited)
+            patch.setattr(writing.Sink, "__init__", limited)
         with pytest.raises(NotWritten, match=r"could not be written: No space left .* \(it needs about 1 MB, "):
             write_checkpoint({"weight": torch.ones(5 * SIZE)}, str(path))
     assert path.read_bytes() == before

@@ -9,6 +9,7 @@ import torch
 from fairseq.distributed.legacy_distributed_data_parallel import LegacyDistributedDataParallel
 
 from fairseq_plugins import expert_checkpoints, expert_parallel
+from mtmoe.checkpoint.fairseq import read_fairseq_checkpoint
 from mtmoe.errors import ConfigError
 from mtmoe.moe import MoEConfig
 from mtmoe.moe.experts import ExpertBank
@@ -48,14 +49,25 @@ def close(actual: dict[int, list[float]], expected: dict[int, list[float]], upda
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_two_processes_that_share_experts_train_as_one_which_goes_on_from_their_checkpoint(train):
+@pytest.mark.timeout(900)
+def test_two_processes_that_share_experts_train_as_one_which_goes_on_from_their_checkpoint(train, tmp_path):
     """One process has the batches one after the other, so the losses that need all of them at once are left out."""
     options = ["--load-balance-loss-weight", 0, "--cmr-loss-weight", 0, "--max-update"]
     alone = ["--layout-invariant", "--update-freq", 2]
     one = train(1, "one", *options, UPDATES, *alone)
-    close(train(2, "two", *options, 3, "--expert-parallel-size", 2), one, range(1, 4))
+    close(train(2, "two", *options, 2, "--expert-parallel-size", 2), one, range(1, 3))
+    close(train(2, "two", *options, 3, "--expert-parallel-size", 2), one, range(3, 4))
+    last = tmp_path / "two" / "checkpoint_last.pt"
+    assert last.readlink().name == "checkpoint_1_3"
+    assert sorted(path.name for path in last.iterdir()) == [
+        "experts-00000-of-00002.pt", "experts-00001-of-00002.pt", "manifest.json", "shared.pt",
+    ]  # fmt: skip
     close(train(1, "two", *options, UPDATES, *alone), one, range(4, UPDATES + 1))
+    assert [path.name for path in last.parent.iterdir()] == ["checkpoint_last.pt"]
+    expected, actual = (read_fairseq_checkpoint(path).tensors for path in (tmp_path / "one" / last.name, last))
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-4, msg=name)
 
 
 @pytest.mark.slow
@@ -108,16 +120,3 @@ def test_the_optimisers_state_of_all_experts_is_cut_to_ones_own():
     assert cut[0] is states[0]
     assert cut[1]["exp_avg"].tolist() == [2, 3] and cut[1]["touched"] == [3, 4] and cut[1]["step"] == 7
     assert len(states[1]["exp_avg"]) == 4
-
-
-def test_nothing_is_written_without_the_experts_of_others():
-    written = []
-    save = expert_checkpoints.only_whole(lambda trainer, filename, extra: written.append(filename))
-    trainer = SimpleNamespace(task=SimpleNamespace(parallel=SimpleNamespace(size=2)))
-    save(trainer, "crash.pt", {})
-    assert not written
-    trainer.gathered_experts = {}
-    save(trainer, "checkpoint_last.pt", {})
-    trainer.task.parallel = None
-    save(trainer, "crash.pt", {})
-    assert written == ["checkpoint_last.pt", "crash.pt"]

@@ -421,7 +421,7 @@ def test_adamw_scales_and_clips_as_torch_does(clip):
         {
             "adam_betas": "(0.9, 0.98)", "adam_eps": 1e-6, "weight_decay": 0.1, "lr": [0.01],
             "expert_updates": "exact", "offload_expert_state": False, "store_ema": False,
-        }  # fmt: skip
+        }
     )
     optimizer = MtmoeAdamW(config, ours.parameters())
     reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
