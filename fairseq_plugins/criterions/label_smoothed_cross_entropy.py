@@ -37,7 +37,7 @@ class MtmoeCriterionConfig(FairseqDataclass):
     )
     inner_balance_loss_weight: float = field(
         default=0.005,
-        metadata={"help": "weight of the bilevel gate's balance over the places of a node, as load_balance_loss_weight"},
+        metadata={"help": "weight of the bilevel gate's balance inside nodes, as load_balance_loss_weight"},
     )
     router_z_loss_weight: float = field(
         default=0.0, metadata={"help": "weight of the router z-loss, summed over layers, for each target token"}

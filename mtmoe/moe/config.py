@@ -198,8 +198,8 @@ class MoEConfig:
             )
         if self.top_k > self.node_experts:
             raise ValueError(
-                f"gate='bilevel' chooses top_k={self.top_k} experts inside a node, which has {self.node_experts}; lower "
-                "top_k or expert_nodes"
+                f"gate='bilevel' chooses top_k={self.top_k} experts inside a node, which has {self.node_experts}; "
+                "lower top_k or expert_nodes"
             )
         if self.normalize_weights != "none":
             # The node's probability would cancel: the task loss would give its router no gradient.

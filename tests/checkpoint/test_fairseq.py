@@ -113,13 +113,6 @@ def test_classes_of_configurations_are_replaced_by_stand_ins(vocabulary, tmp_pat
     assert read_model(save(state, path), vocabulary).config == model.config
 
 
-def test_reads_the_bilevel_gate(vocabulary, tmp_path):
-    model = toy_model(vocabulary, bilevel=True)
-    found = read_model(save(fairseq_state(model), tmp_path / "checkpoint.pt"), vocabulary)
-    assert found.config == model.config
-    assert found.tensors["encoder.layers.1.moe.gate.weight"].shape == (2 + 2, 16)
-
-
 def test_classes_of_fairseq_are_replaced_without_importing_it(vocabulary, tmp_path):
     meters = pytest.importorskip("fairseq.logging.meters")
     model = toy_model(vocabulary)

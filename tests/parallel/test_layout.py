@@ -30,9 +30,9 @@ def test_every_expert_is_once_in_each_group_and_groups_are_a_partition(world, si
 
 
 def test_hosts_tell_near_ranks_from_far_ones():
-    assert layout(4, 4, 1, hosts=(0, 0, 1, 1)).on_own_host() == (True, True, False, False)
-    assert layout(4, 2, 3, hosts=(0, 1, 0, 1)).on_own_host() == (False, True)
-    assert layout(4, 2, 3).on_own_host() == (True, True)
+    assert layout(4, 4, 1, hosts=(0, 0, 1, 1)).on_own_host(range(4)) == (True, True, False, False)
+    assert layout(4, 2, 3, hosts=(0, 1, 0, 1)).on_own_host([2, 3]) == (False, True)
+    assert layout(4, 2, 3).on_own_host([2, 3]) == (True, True)
 
 
 @pytest.mark.parametrize(

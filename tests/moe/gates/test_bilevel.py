@@ -81,8 +81,7 @@ def test_statistics_agree_with_counting(case):
     seed=st.integers(0, 10**6), factor=st.sampled_from([0.0, 0.5]),
 )  # fmt: skip
 def test_with_one_level_it_is_switch(level, experts, tokens, seed, factor):
-    """Outputs, gradients, and the balance of the level that chooses; the same to rounding, as products have one more row.
-    """
+    """Outputs, gradients, and the balance of the level that chooses; to rounding, as products have one more row."""
     options = {"num_experts": experts, "top_k": 1, "capacity_factor": factor}
     case = make_case(small(expert_nodes=experts if level == "node" else 1, **options), tokens, "random", seed=seed)
     switch = MoELayer(small(gate="topk", expert_nodes=0, **options)).double()
