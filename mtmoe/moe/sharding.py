@@ -111,17 +111,18 @@ class ShardedExperts:
         host = torch.where(expert_index < 0, expert_index, expert_index.div(local, rounding_mode="floor"))
         plan = kernels.plan_dispatch(once_each(host), across.size)
         segments = across.segments(plan.tokens_per_expert)
-        ways = segments.sent, segments.received
-        rows = sum(segments.sent)
+        send, receive = segments.sent, segments.received
+        rows = sum(send)
         token = plan.token[:rows]
         target = host.reshape(-1)[plan.assignment[:rows], None]  # (rows, 1)
         elsewhere = host[token] != target
         index = (expert_index[token] - target * local).masked_fill(elsewhere, -1)
-        index = across.start(index.to(torch.int32), *ways).wait().long()
-        part = across.exchange(weight[token].masked_fill(elsewhere, 0), *ways, exact=True)
-        arrived = self._travel(across, kernels.dispatch(x, plan, backend=self.backend)[:rows], *ways, meanwhile)
+        index = across.start(index.to(torch.int32), send, receive).wait().long()
+        part = across.exchange(weight[token].masked_fill(elsewhere, 0), send, receive, exact=True)
+        sent = kernels.dispatch(x, plan, backend=self.backend)[:rows]
+        arrived = self._travel(across, sent, send, receive, meanwhile)
         y = self._among(within, arrived, index, part, experts)
-        y = self._travel(across, y, *reversed(ways), meanwhile)
+        y = self._travel(across, y, receive, send, meanwhile)
         return kernels.combine(padded(y, plan), plan, torch.ones_like(weight), backend=self.backend)
 
     def _among(

@@ -34,8 +34,8 @@ class Groups:
 def build_groups(layout: Layout, timeout: timedelta | None = None, hierarchical: bool = False) -> Groups:
     """Make the groups of a layout; all ranks have to call this, with the same two sizes.
 
-    Every rank makes every group, in the same order, as torch.distributed demands. The exchange of tokens has groups of
-    its own, so that it never mixes with what the trainer sends over the world.
+    Every rank makes every group, in the same order, as torch.distributed demands. That of all ranks is new as well, so
+    that nothing here mixes with what the trainer sends over torch's own.
 
     Args:
         layout: of the calling rank.
@@ -54,12 +54,10 @@ def build_groups(layout: Layout, timeout: timedelta | None = None, hierarchical:
             f"the layout is for rank {layout.rank} of {layout.world_size}, torch.distributed says {actual[0]} of "
             f"{actual[1]}"
         )
-    world = distributed.group.WORLD
-    assert world is not None
     two_steps = hierarchical and layout.nodes > 1
     return Groups(
         layout,
-        world,
+        _own([range(layout.world_size)], layout.rank, timeout),
         _own(layout.expert_parallel_groups(), layout.rank, timeout),
         _own(layout.data_parallel_groups(), layout.rank, timeout),
         _own(layout.across_groups(), layout.rank, timeout) if two_steps else None,

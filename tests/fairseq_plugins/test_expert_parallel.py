@@ -13,12 +13,13 @@ from mtmoe.errors import ConfigError
 from mtmoe.moe import MoEConfig
 from mtmoe.moe.experts import ExpertBank
 
-# Every method that draws; two sentences a batch, and a number of batches that is odd in many epochs.
+# Every method that draws; an epoch has seven batches of two sentences, so that the second of two processes runs out of
+# them at the fourth update.
 MODEL = shlex.split(
     "--arch mtmoe_transformer_tiny --encoder-layers 2 --decoder-layers 2 --encoder-embed-dim 16 --decoder-embed-dim 16 "
     "--encoder-ffn-embed-dim 16 --decoder-ffn-embed-dim 16 --moe-freq 2 --num-experts 4 --eom 0.2 --fom 0.1 "
     "--cmr --cmr-gate-drop 0.2 --second-expert-policy random --dropout 0 --attention-dropout 0 "
-    "--max-sentences 2 --required-batch-size-multiple 1 --disable-validation"
+    "--max-sentences 2 --required-batch-size-multiple 1 --virtual-epoch-size 14 --valid-limit 2"
 )
 UPDATES = 6
 
