@@ -49,8 +49,8 @@ class ExpertParallelOptions(FairseqDataclass):
     hierarchical_exchange: bool = field(
         default=False,
         metadata={
-            "help": "send rows to experts in two steps, between hosts and then inside one, so that a row crosses once to "
-            "each host; hosts need equally many processes"
+            "help": "send rows to experts in two steps, between hosts and then inside one, so that each crosses "
+            "once to a host; hosts need equally many processes"
         },
     )
     exchange_dtype: ChoiceEnum(list(EXCHANGE_DTYPES)) = field(  # type: ignore[valid-type]
@@ -119,6 +119,8 @@ def start(cfg: Any) -> ExpertParallel | None:
         "%d processes on %d hosts: experts are shared out over %d, and %d hold the same",
         world, len(set(hosts)), layout.expert_parallel_size, layout.data_parallel_size,
     )  # fmt: skip
+    if cfg.hierarchical_exchange and layout.nodes == 1:
+        logger.info("the processes that share out experts are on one host: --hierarchical-exchange changes nothing")
     groups = build_groups(layout, hierarchical=cfg.hierarchical_exchange)
     return ExpertParallel(groups, EXCHANGE_DTYPES[str(cfg.exchange_dtype)], cfg.overlap_exchange)
 
