@@ -42,13 +42,14 @@ class FixedBatches(EpochBatchIterating):
 
     def __init__(self, dataset: ParallelDataset, batches: Sequence[Batch], num_shards: int, shard_id: int) -> None:
         self.dataset, self.epoch = dataset, 1
+        self._first = batches[0] if len(batches) else np.zeros(0, dtype=np.int64)
         self.batches = _shard(batches, num_shards, shard_id)
         self._current: CountingIterator | None = None
 
     @property
     def first_batch(self) -> Any:
-        """A batch for ranks that have none left; fairseq then takes the first real one."""
-        return "DUMMY"
+        """A batch for ranks that have none left; one of the first sentences, since such a rank may never have one."""
+        return self.dataset.collater(self._first[:1]) if len(self._first) else "DUMMY"
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -144,8 +145,8 @@ class TrainingEpochs(EpochBatchIterating):
 
     @property
     def first_batch(self) -> Any:
-        """A batch for ranks that have none left; fairseq then takes the first real one."""
-        return "DUMMY"
+        """A batch for ranks that have none left, maybe right after a resume: fairseq has seen none of theirs then."""
+        return self.dataset.collater(next(pool[:1] for pool in self.pool.values() if len(pool)))
 
     def __len__(self) -> int:
         current = self._restored or self._current
