@@ -4,7 +4,7 @@ Real processes over gloo run one layer forward and backward; hosts are emulated 
 Bytes are counted where they are handed to the all-to-all. Gates are as drawn, on random tokens, so routing is nearly
 even: what training does to it is not in here. Nothing is timed.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.communication --hosts 0,0,1,1 --updates 40
+    OMP_NUM_THREADS=1 python -m benchmarks.communication --hosts 0,0,1,1
 """
 
 from __future__ import annotations
@@ -133,10 +133,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     """Options of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", default="0,0,1,1", help="host of each rank, two at least (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of a rank (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of a rank (default: %(default)s)")
     parser.add_argument("--d-model", type=int, default=128, help="width of a token (default: %(default)s)")
     parser.add_argument("--experts", type=int, default=16, help="experts over all ranks (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=40, help="forward and backward passes (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=400, help="forward and backward passes (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of weights, tokens and draws (default: %(default)s)")
     args = parser.parse_args(words)
     args.hosts = [int(host) for host in args.hosts.split(",")]

@@ -22,10 +22,13 @@ from torch.distributed import ProcessGroup, Work
 
 @dataclass(slots=True)
 class Traffic:
-    """Rows that a rank's all-to-alls have sent, forward, backward and recomputed ones alike; in bytes."""
+    """What a rank's all-to-alls have sent, forward, backward and recomputed alike; in bytes.
+
+    That is rows and, in two steps, the numbers and weights of their experts; how many rows come is not counted.
+    """
 
     calls: int = 0
-    """All-to-alls of rows."""
+    """All-to-alls."""
     to_itself: int = 0
     """Rows of this rank for its own experts, which use no link."""
     same_host: int = 0
