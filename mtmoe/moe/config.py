@@ -21,7 +21,7 @@ CLUSTER_VARIANCE_SCALES = ("mean", "sum")
 
 LATER_FIELDS = (
     "cosine_gate_dim", "expert_clusters", "cluster_variance_type", "cluster_variance_scale",
-    "cluster_expert_dropout", "cluster_expert_dropout_interval",
+    "cluster_expert_dropout", "cluster_expert_dropout_interval", "expert_nodes",
 )  # fmt: skip
 """Fields that models saved by earlier versions lack; at its default each leaves a layer as it was without the field."""
 
@@ -40,7 +40,10 @@ class MoEConfig:
     """Experts that each token uses; 1 is Switch, 2 is GShard."""
     gate: str = "topk"
     """topk: one linear map (Switch, GShard); moec: cosine similarity to each expert with a learnt temperature, top_k 1
-    (MoEC)."""
+    (MoEC); bilevel: a node, then top_k experts inside it, normalize_weights none (SMILE)."""
+    expert_nodes: int = 0
+    """Nodes of the bilevel gate: groups of experts with consecutive numbers, those of a host where ranks share them
+    out."""
     cosine_gate_dim: int = 32
     """Width in which the moec gate compares tokens with experts."""
     activation: str = "relu"
@@ -150,6 +153,7 @@ class MoEConfig:
                 f"gating_dropout_ranks={self.gating_dropout_ranks} must divide num_experts={self.num_experts}"
             )
         self._check_clusters()
+        self._check_nodes()
 
     def _check_clusters(self) -> None:
         clusters, rate = self.expert_clusters, self.cluster_expert_dropout
@@ -180,6 +184,39 @@ class MoEConfig:
                 "gating_dropout would send tokens to experts that cluster_expert_dropout leaves out; use one of the "
                 "two, or gating_dropout_mode='gate_expert'"
             )
+
+    def _check_nodes(self) -> None:
+        nodes = self.expert_nodes
+        if self.gate != "bilevel":
+            if nodes:
+                raise ValueError(f"expert_nodes={nodes} needs gate='bilevel'; set it, or leave expert_nodes at 0")
+            return
+        if nodes < 1 or self.num_experts % nodes:
+            raise ValueError(
+                f"gate='bilevel' needs expert_nodes that divide num_experts={self.num_experts}, got {nodes}; give the "
+                "number of hosts that the experts are on, or any number of groups in one process"
+            )
+        if self.top_k > self.node_experts:
+            raise ValueError(
+                f"gate='bilevel' chooses top_k={self.top_k} experts inside a node, which has {self.node_experts}; "
+                "lower top_k or expert_nodes"
+            )
+        if self.normalize_weights != "none":
+            # The node's probability would cancel: the task loss would give its router no gradient.
+            raise ValueError(
+                f"normalize_weights={self.normalize_weights!r} would never train the node router of gate='bilevel'; "
+                "use 'none'"
+            )
+        if self.expert_clusters:
+            raise ValueError(
+                f"expert_clusters={self.expert_clusters} does not work with gate='bilevel', whose nodes are groups "
+                "already; leave it at 0"
+            )
+
+    @property
+    def node_experts(self) -> int:
+        """Experts of each node of the bilevel gate."""
+        return self.num_experts // (self.expert_nodes or 1)
 
     @property
     def ranks(self) -> int:

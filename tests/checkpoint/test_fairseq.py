@@ -91,6 +91,13 @@ def test_reads_moec(vocabulary, tmp_path):
     assert found.tensors["encoder.layers.1.moe.gate.log_temperature"].shape == (1,)
 
 
+def test_reads_the_bilevel_gate(vocabulary, tmp_path):
+    model = toy_model(vocabulary, bilevel=True)
+    found = read_model(save(fairseq_state(model), tmp_path / "checkpoint.pt"), vocabulary)
+    assert found.config == model.config
+    assert found.tensors["encoder.layers.1.moe.gate.weight"].shape == (2 + 2, 16)
+
+
 def test_classes_of_configurations_are_replaced_by_stand_ins(vocabulary, tmp_path):
     from omegaconf import OmegaConf
 

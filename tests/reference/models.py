@@ -48,7 +48,8 @@ def write_toy_vocabulary(folder: Path) -> Path:
 
 
 def toy_config(**changes) -> TransformerConfig:
-    """A small dense shape; every second layer gets four experts with CMR and EOM by `moe`, with MoEC by `moec`."""
+    """A small dense shape; every second layer gets four experts with CMR and EOM by `moe`, with MoEC by `moec`,
+    with SMILE by `bilevel`."""
     experts = None
     if changes.pop("moe", False):
         experts = MoEConfig(d_model=16, d_ffn=24, num_experts=4, top_k=2, eom=0.2, cmr=True)
@@ -57,6 +58,10 @@ def toy_config(**changes) -> TransformerConfig:
             d_model=16, d_ffn=24, num_experts=4, gate="moec", top_k=1, normalize_weights="none", cosine_gate_dim=5,
             expert_clusters=2, cluster_expert_dropout=0.5,
         )  # fmt: skip
+    if changes.pop("bilevel", False):
+        experts = MoEConfig(
+            d_model=16, d_ffn=24, num_experts=4, gate="bilevel", expert_nodes=2, top_k=2, normalize_weights="none"
+        )
     if experts is not None:
         changes = {
             "encoder_moe": experts,
