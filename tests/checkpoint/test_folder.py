@@ -28,6 +28,7 @@ def test_comes_back_to_the_bit(model, tmp_path):
     assert found.dictionary.read_bytes() == model.dictionary.read_bytes()
     assert found.sentencepiece.read_bytes() == model.sentencepiece.read_bytes()
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert (found.history, found.data, found.figures) == (model.history, model.data, model.figures)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
