@@ -102,7 +102,8 @@ def _summary(about: Mapping[str, Any]) -> str:
     )
     kind = f"Mixture-of-Experts: {experts}" if experts else "dense"
     return (
-        f"A multilingual translation model, {kind}; {about['encoder']['layers']} + {about['decoder']['layers']} layers, "
+        f"A multilingual translation model, {kind}; "
+        f"{about['encoder']['layers']} + {about['decoder']['layers']} layers, "
         f"width {about['d_model']}; {about['parameters']:,} parameters, of which a token uses "
         f"{about['active_parameters']:,}; {' and '.join(about['dtypes'])}, {size_text(about['weight_bytes'])}."
     )

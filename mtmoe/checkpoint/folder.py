@@ -2,8 +2,8 @@
 
 ``config.json``        ``{"format": "mtmoe", "version": 2, "model": {… the fields of TransformerConfig …},
                        "history": [… what was done …], "data": {… trained on …}, "figures": {… measured …}}``
-``model.safetensors``  weights under fairseq's names, shared matrices once; above 2 GB ``model-00001-of-00003.safetensors``
-                       and so on, with ``model.safetensors.index.json``
+``model.safetensors``  weights under fairseq's names, shared matrices once; above 2 GB
+                       ``model-00001-of-00003.safetensors`` and so on, with ``model.safetensors.index.json``
 ``dict.txt``           a piece and its count in each line, in the order of the embedding's rows
 ``spm.model``          SentencePiece
 ``languages.json``     ``{"languages": […], "directions": […], "encoder_langtok": "src", "decoder_start": "tag"}``
@@ -19,9 +19,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from mtmoe.checkpoint import manifest
 from mtmoe.checkpoint.card import model_card
@@ -85,14 +87,11 @@ def write_folder(path: Path, model: StoredModel, *, part_bytes: int = PART_BYTES
         write_json(staging / LANGUAGES, model.languages.to_json())
         shutil.copyfile(model.dictionary, staging / DICTIONARY)
         shutil.copyfile(model.sentencepiece, staging / SENTENCEPIECE)
-        hashes |= _write_weights(staging, model, part_bytes)
+        # Layer by layer, so that a part holds whole layers where it can.
+        hashes |= write_parts(staging, model.tensors, list(expected_shapes(model.config)), part_bytes)
         manifest.write_manifest(staging, hashes)
         write_text(staging / CARD, model_card(path.resolve().name, model))
-        _open_to_all(staging)
-        for file in staging.iterdir():
-            _sync(file)
-        _sync(staging)
-        _put_in_place(staging, path)
+        put_in_place(staging, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -142,38 +141,48 @@ def weight_files(path: Path) -> list[Path]:
 # Writing
 
 
-def _write_weights(staging: Path, model: StoredModel, part_bytes: int) -> dict[str, str]:
-    """Write all weights, and the index if they need several files; returns the checksums of what was written."""
+def write_parts(
+    staging: Path, tensors: Mapping[str, Tensor], names: Sequence[str], part_bytes: int = PART_BYTES
+) -> dict[str, str]:
+    """Write weights in files of at most `part_bytes`, and the index if they need several.
+
+    Args:
+        staging: the folder to write into.
+        tensors: the weights.
+        names: those to write, in an order that keeps together what is read together.
+        part_bytes: most bytes of a file.
+
+    Returns:
+        File -> its SHA-256; "" for the index.
+    """
     parts: list[list[str]] = [[]]
     room = part_bytes
-    for name in expected_shapes(model.config):  # layer by layer, so that a part holds whole layers where it can
-        size = bytes_of(model.tensors, name)
+    for name in names:
+        size = bytes_of(tensors, name)
         if parts[-1] and size > room:
             parts.append([])
             room = part_bytes
         parts[-1].append(name)
         room -= size
     if len(parts) == 1:
-        return {WEIGHTS: write_safetensors(staging / WEIGHTS, model.tensors, parts[0])}
-    hashes, places = {}, {}
-    for number, names in enumerate(parts, start=1):
+        return {WEIGHTS: write_safetensors(staging / WEIGHTS, tensors, parts[0])}
+    hashes: dict[str, str] = {}
+    places: dict[str, str] = {}
+    for number, part in enumerate(parts, start=1):
         file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        hashes[file] = write_safetensors(staging / file, model.tensors, names)
-        places |= dict.fromkeys(names, file)
-    total = sum(bytes_of(model.tensors, name) for name in places)
+        hashes[file] = write_safetensors(staging / file, tensors, part)
+        places |= dict.fromkeys(part, file)
+    total = sum(bytes_of(tensors, name) for name in places)
     write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
     return hashes | {INDEX: ""}
 
 
-def _open_to_all(staging: Path) -> None:
-    """Give folder and files the modes that an ordinary open() would have; mkdtemp makes them private."""
-    mode = (staging / CONFIG).stat().st_mode & 0o666  # write_json follows the umask
+def put_in_place(staging: Path, path: Path) -> None:
+    """Move a finished folder to its name, synced to disk and with ordinary modes; what was there is replaced."""
+    _open_to_all(staging)
     for file in staging.iterdir():
-        os.chmod(file, mode)
-    os.chmod(staging, mode | (mode & 0o444) >> 2)
-
-
-def _put_in_place(staging: Path, path: Path) -> None:
+        _sync(file)
+    _sync(staging)
     if not path.exists():
         os.replace(staging, path)
     else:
@@ -187,6 +196,14 @@ def _put_in_place(staging: Path, path: Path) -> None:
             raise
         shutil.rmtree(aside)
     _sync(path.parent)
+
+
+def _open_to_all(staging: Path) -> None:
+    """Give folder and files the modes that an ordinary open() would have; mkdtemp makes them private."""
+    mode = (staging / CONFIG).stat().st_mode & 0o666  # write_json follows the umask
+    for file in staging.iterdir():
+        os.chmod(file, mode)
+    os.chmod(staging, mode | (mode & 0o444) >> 2)
 
 
 def _sync(path: Path) -> None:

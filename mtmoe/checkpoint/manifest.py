@@ -1,9 +1,9 @@
 """The checksums of a model folder: ``manifest.json`` has the size and the SHA-256 of each file.
 
-Sizes, and the contents of small files, are compared whenever a folder is opened. The weights are hashed too where all of
-them have at most `HASHED_BYTES`: that takes under a second, and a flipped bit in a weight is noticed by nothing else.
-Larger ones are mapped and read in part, which hashing would undo; ask for it (``verify=True``, `mtmoe inspect
---verify`) after copying.
+Sizes, and the contents of small files, are compared whenever a folder is opened. The weights are hashed too where all
+of them have at most `HASHED_BYTES`: they are about to be read anyway, and a flipped bit in a weight is noticed by
+nothing else. Larger ones are mapped and read in part, which hashing would undo; ask for it (``verify=True``, `mtmoe
+inspect --verify`) after copying.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write safetensors files piece by piece: memory holds a chunk, not the model, and the checksum costs no second reading.
+"""Write safetensors files piece by piece: memory holds a chunk, not the model, and hashing needs no second reading.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes, the length of a JSON header; the header, name ->
 dtype, shape and place; the numbers. safetensors' own writer wants all weights of a file in memory, twice.

@@ -20,7 +20,8 @@ RATES = (
 CLUSTER_VARIANCE_SCALES = ("mean", "sum")
 
 LATER_FIELDS = (
-    "cosine_gate_dim", "gate_bias", "eval_capacity", "expert_clusters", "cluster_variance_type", "cluster_variance_scale",
+    "cosine_gate_dim", "gate_bias", "eval_capacity",
+    "expert_clusters", "cluster_variance_type", "cluster_variance_scale",
     "cluster_expert_dropout", "cluster_expert_dropout_interval",
 )  # fmt: skip
 """Fields that models saved by earlier versions lack; at its default each leaves a layer as it was without the field."""
@@ -132,7 +133,9 @@ class MoEConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}")
-        for name in ("capacity_factor", "eval_capacity_factor", "init_scale", "cmr_d_ffn", "eval_capacity", "expert_clusters"):
+        for name in (
+            "capacity_factor", "eval_capacity_factor", "eval_capacity", "init_scale", "cmr_d_ffn", "expert_clusters",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0.0 <= self.eval_capacity_token_fraction <= 1.0:

@@ -14,7 +14,7 @@ from mtmoe.checkpoint.tensors import STORED_DTYPES, ComputedTensors, FileTensors
 from mtmoe.errors import CheckpointError
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
-DTYPES = st.sampled_from([dtype for dtype in STORED_DTYPES.values()])
+DTYPES = st.sampled_from(list(STORED_DTYPES.values()))
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=8).filter(
     lambda name: name != "__metadata__"
 )
@@ -79,7 +79,7 @@ def test_casting_is_torchs_and_refuses_what_does_not_fit():
     narrow = cast(tensors, torch.float16)
     assert narrow["b"].isinf().all()  # it was so before
     assert torch.equal(narrow.rows("a", 0, 2), tensors["a"][:2].half())
-    with pytest.raises(CheckpointError, match="a has numbers up to 70000, .* ends at 65504; choose bf16 or fp32"):
+    with pytest.raises(CheckpointError, match=r"a has numbers up to 70000, .* ends at 65504; choose bf16 or fp32"):
         narrow["a"]
 
 
@@ -91,7 +91,8 @@ def test_computed_weights_are_made_when_asked_for():
         return torch.arange(begin, end)
 
     tensors = ComputedTensors({"a": Recipe((4,), torch.int64, rows)})
-    assert (list(tensors), len(tensors), tensors.shape("a"), "a" in tensors, "b" in tensors) == (["a"], 1, (4,), True, False)
+    assert (list(tensors), len(tensors), tensors.shape("a")) == (["a"], 1, (4,))
+    assert "a" in tensors and "b" not in tensors
     assert asked == []
     assert tensors["a"].tolist() == [0, 1, 2, 3]
     assert tensors.rows("a", 1, 2).tolist() == [1]

@@ -112,7 +112,8 @@ def toy_model(vocabulary: Path, seed: int = 1, **changes) -> StoredModel:
 
 def seal(folder: Path) -> None:
     """Give a changed model folder the checksums of what it holds now."""
-    write_manifest(folder, {path.name: "" for path in folder.iterdir() if path.name not in ("manifest.json", "README.md")})
+    names = {path.name for path in folder.iterdir()} - {"manifest.json", "README.md"}
+    write_manifest(folder, dict.fromkeys(names, ""))
 
 
 def as_version_1(folder: Path) -> None:

@@ -16,7 +16,7 @@ from mtmoe.moe.routing import RoutingDecision
 
 
 class TopKGate(nn.Module):
-    """Send each token to the `top_k` experts with the highest logits of one linear map, without bias unless `gate_bias` says so.
+    """Send each token to the `top_k` experts with the highest logits of one linear map; it has a bias if `gate_bias`.
 
     Args:
         config: of the layer.
