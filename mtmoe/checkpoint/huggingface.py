@@ -46,6 +46,9 @@ MOE_DEFAULTS: dict[str, Any] = {
     "moe_eval_capacity_token_fraction": 1.0, "moe_token_dropout": 0.2,
 }  # fmt: skip
 
+LANGUAGES_KEY = "mtmoe_languages"
+"""In config.json: languages.json of a model whose decoder does not begin as NLLB's."""
+
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SENTENCEPIECE = "sentencepiece.bpe.model"
@@ -97,7 +100,19 @@ def reading(path: Path) -> Iterator[StoredModel]:
     if not (path / SENTENCEPIECE).is_file():
         raise CheckpointError(f"{path} lacks {SENTENCEPIECE}, the tokeniser's SentencePiece model; fetch it too")
     pieces = read_pieces(path, config.vocabulary_size)
-    tags = read_tags(pieces)
+    if LANGUAGES_KEY in values:
+        languages = LanguageSet.from_json(values[LANGUAGES_KEY], where=path_of_config)
+    else:
+        languages = _languages(read_tags(pieces), path)
+    with tempfile.TemporaryDirectory() as folder:
+        dictionary = Path(folder) / "dict.txt"
+        write_text(dictionary, "".join(f"{piece} 1\n" for piece in pieces[4:]))
+        model = StoredModel(config, tensors, dictionary, path / SENTENCEPIECE, languages)
+        yield model.after("converted", source=f"Hugging Face {values['model_type']} {path.resolve().name}")
+
+
+def _languages(tags: Mapping[str, str], path: Path) -> LanguageSet:
+    """All directions between the languages of NLLB's or M2M-100's tags."""
     if not tags:
         raise CheckpointError(
             f"{path} has no language tags, as deu_Latn or __de__, in tokenizer_config.json, tokenizer.json or "
@@ -106,12 +121,7 @@ def reading(path: Path) -> Iterator[StoredModel]:
     codes = sorted(tags)
     directions = tuple(f"{source}-{target}" for source in codes for target in codes if source != target)
     own = {code: tag for code, tag in tags.items() if tag != f"__{code}__"}
-    languages = LanguageSet(tuple(codes), directions, "src", "eos_tag", own)
-    with tempfile.TemporaryDirectory() as folder:
-        dictionary = Path(folder) / "dict.txt"
-        write_text(dictionary, "".join(f"{piece} 1\n" for piece in pieces[4:]))
-        model = StoredModel(config, tensors, dictionary, path / SENTENCEPIECE, languages)
-        yield model.after("converted", source=f"Hugging Face {values['model_type']} {path.resolve().name}")
+    return LanguageSet(tuple(codes), directions, "src", "eos_tag", own)
 
 
 def transformer_config(values: Any, where: Path) -> TransformerConfig:

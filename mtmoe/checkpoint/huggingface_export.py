@@ -12,6 +12,7 @@ from mtmoe.checkpoint.config import TransformerConfig
 from mtmoe.checkpoint.folder import PART_BYTES, put_in_place, write_parts
 from mtmoe.checkpoint.huggingface import (
     DENSE,
+    LANGUAGES_KEY,
     MOE,
     SENTENCEPIECE,
     SPECIAL_IDS,
@@ -100,6 +101,8 @@ def huggingface_config(model: StoredModel) -> dict[str, Any]:
             f"{side}_ffn_dim": getattr(config, f"{side}_d_ffn"),
         }
     values["num_hidden_layers"] = config.encoder_layers
+    if model.languages.decoder_start != "eos_tag":  # nothing of Hugging Face's tells so
+        values[LANGUAGES_KEY] = model.languages.to_json()
     return values | _moe_values(config, layers[0]) if layers else values
 
 

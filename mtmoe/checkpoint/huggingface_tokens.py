@@ -24,6 +24,13 @@ NLLB_TAG, M2M_TAG = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}"), re.compile(r"__(\w+)_
 
 MASK = "<mask>"
 
+M2M_LANGUAGES = tuple(
+    "af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr fy ga gd gl gu ha he hi hr ht hu hy "
+    "id ig ilo is it ja jv ka kk km kn ko lb lg ln lo lt lv mg mk ml mn mr ms my ne nl no ns oc or pa pl ps pt ro ru "
+    "sd si sk sl so sq sr ss su sv sw ta th tl tn tr uk ur uz vi wo xh yi yo zh zu".split()
+)
+"""The languages of M2M-100 in the order of their tags' ids; its tokeniser knows them, its files need not name them."""
+
 
 def read_pieces(path: Path, rows: int) -> list[str]:
     """What each row of the embedding stands for, in order.
@@ -93,8 +100,8 @@ def tokenizer_files(pieces: Sequence[str], model: Path, tags: Mapping[str, str])
         config = {"tokenizer_class": "NllbTokenizer", "added_tokens_decoder": entries, "src_lang": named[0]}
         return {"tokenizer_config.json": config | {"additional_special_tokens": named}}
     first = ids[named[0]]
-    m2m = all(M2M_TAG.fullmatch(tag) for tag in named) and list(pieces[first : first + len(named)]) == named
-    if m2m and len(named) == 100:  # transformers has the codes of M2M-100's 100 languages built in
+    m2m = [f"__{code}__" for code in M2M_LANGUAGES]
+    if named == m2m and list(pieces[first : first + len(m2m)]) == m2m:
         return {
             "vocab.json": {piece: index for index, piece in enumerate(pieces[:first])},
             "tokenizer_config.json": {"tokenizer_class": "M2M100Tokenizer", "language_codes": "m2m100"},
@@ -124,20 +131,27 @@ def _sentencepieces(model: Path) -> list[str]:
 
 def _added_tokens(path: Path, after: int) -> dict[int, str]:
     """Ids of added tokens, from the first file that has them; a mere list goes on after the other pieces."""
-    config = path / "tokenizer_config.json"
+    config, whole = path / "tokenizer_config.json", path / "tokenizer.json"
     values = _object(config)
-    if isinstance(values.get("added_tokens_decoder"), dict):
-        return {_id(index, config): _content(token) for index, token in values["added_tokens_decoder"].items()}
-    whole = _object(path / "tokenizer.json")
-    if isinstance(whole.get("added_tokens"), list):
-        return {_id(token.get("id"), path / "tokenizer.json"): _content(token) for token in whole["added_tokens"]}
+    numbered = values.get("added_tokens_decoder")
+    if isinstance(numbered, dict) and any(_is_tag(_content(token)) for token in numbered.values()):
+        return {_id(index, config): _content(token) for index, token in numbered.items()}
+    entries = _object(whole).get("added_tokens")
+    if isinstance(entries, list) and any(_is_tag(_content(entry)) for entry in entries):
+        return {_id(entry.get("id"), whole): _content(entry) for entry in entries if isinstance(entry, dict)}
     listed = _object(path / "special_tokens_map.json").get("additional_special_tokens")
-    listed = values.get("additional_special_tokens") if listed is None else listed
-    names = [_content(token) for token in listed or []]
+    listed = listed or values.get("additional_special_tokens") or []
+    names = [_content(token) for token in listed]
+    if not names and (path / "vocab.json").is_file():
+        names = [f"__{code}__" for code in M2M_LANGUAGES]
     tokens = {after + number: name for number, name in enumerate(names)}
     if names and NLLB_TAG.fullmatch(names[0]):
         tokens[after + len(names)] = MASK
     return tokens
+
+
+def _is_tag(piece: str) -> bool:
+    return bool(NLLB_TAG.fullmatch(piece) or M2M_TAG.fullmatch(piece))
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Turn a model from one format into another: fairseq checkpoint, portable model folder, Hugging Face folder.
 
-The format of what is given is recognised. A model folder holds safetensors and JSON, nothing that runs code when opened;
-it is what all other commands work on. A fairseq checkpoint made from one has the same weights to the bit, and training
-goes on from it with fairseq-train's --finetune-from-model. Hugging Face's classes are NllbMoe and, for dense models,
-M2M100 (NLLB, M2M-100), of transformers 4.57.
+The format of what is given is recognised. A model folder holds safetensors and JSON, nothing that runs code when
+opened; it is what all other commands work on. A fairseq checkpoint made from one has the same weights to the bit, and
+training goes on from it with fairseq-train's --finetune-from-model. Hugging Face's classes are NllbMoe and, for dense
+models, M2M100 (NLLB, M2M-100), of transformers 4.57.
 
 Examples:
   mtmoe convert runs/demo --output runs/demo/model
@@ -91,6 +91,12 @@ def run(args: argparse.Namespace) -> int:
                 print(
                     f"mtmoe convert: {args.output} has no tokeniser: transformers has none that numbers pieces as "
                     "dict.txt does. Give ids, or use mtmoe translate",
+                    file=sys.stderr,
+                )
+            if model.languages.decoder_start == "tag":
+                print(
+                    "mtmoe convert: the decoder of this model begins with the target's tag: call "
+                    "generate(decoder_start_token_id=ID_OF_THE_TAG)",
                     file=sys.stderr,
                 )
         parameters = sum(count_of(model.tensors, name) for name in model.tensors)

@@ -40,9 +40,8 @@ class Translator:
         self.model = model
         self.vocabulary = vocabulary
         self.language_set = languages
-        forbidden = [0, *vocabulary.tags.values()]
         self._device = next(model.parameters()).device
-        self._forbidden = torch.tensor(forbidden, device=self._device)
+        self._forbidden = torch.tensor(vocabulary.unspoken, device=self._device)
 
     @classmethod
     def load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from mtmoe.normalise import normalise
 
 PADDING, EOS, UNKNOWN = 1, 2, 3
 """fairseq's ids of padding, the end symbol and the unknown piece."""
+
+NO_TEXT = re.compile(r"<mask>|madeupword\d+")
+"""Entries of foreign dictionaries that stand for no text: fillers of the embedding, and pre-training's mask."""
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 """What fairseq puts before the lines of a dictionary."""
@@ -39,6 +43,9 @@ class Vocabulary:
         if missing:
             raise CheckpointError(f"the dictionary lacks the tags of: {', '.join(missing)}")
         self.tags = {language: self.ids[tag] for language, tag in tags.items()}
+        fillers = [index for piece, index in self.ids.items() if NO_TEXT.fullmatch(piece)]
+        self.unspoken = [0, *self.tags.values(), *fillers]
+        """Ids that no translation has: the start symbol, tags, fillers."""
 
     @classmethod
     def load(
