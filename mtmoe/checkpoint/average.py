@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mtmoe.checkpoint.config import TransformerConfig
 from mtmoe.checkpoint.fairseq import read_fairseq_checkpoint
 from mtmoe.checkpoint.stored import StoredModel
 from mtmoe.checkpoint.tensors import ComputedTensors, Recipe, dtype_of, rows_of, shape_of
@@ -50,14 +51,7 @@ def average(models: Mapping[str, StoredModel]) -> StoredModel:
 
 def differences(a: StoredModel, b: StoredModel) -> list[str]:
     """What keeps two models from being averaged, compared or continued with each other; nothing if all is alike."""
-    found = []
-    ours, theirs = a.config.to_json(), b.config.to_json()
-    for key in ours:
-        if isinstance(ours[key], dict) and isinstance(theirs[key], dict):
-            inner = [name for name in ours[key] if ours[key][name] != theirs[key][name]]
-            found += [f"{key}.{name} is {ours[key][name]!r} and {theirs[key][name]!r}" for name in inner]
-        elif ours[key] != theirs[key]:
-            found.append(f"{key} is {_short(ours[key])} and {_short(theirs[key])}")
+    found = config_differences(a.config, b.config)
     for name, one, two in (("dict.txt", a.dictionary, b.dictionary), ("spm.model", a.sentencepiece, b.sentencepiece)):
         if one.read_bytes() != two.read_bytes():
             found.append(f"{name} is not the same file")
@@ -71,6 +65,19 @@ def differences(a: StoredModel, b: StoredModel) -> list[str]:
             for name in a.tensors
             if dtype_of(a.tensors, name) != dtype_of(b.tensors, name)
         ][:1]
+    return found
+
+
+def config_differences(a: TransformerConfig, b: TransformerConfig) -> list[str]:
+    """The fields in which two shapes differ, with both values."""
+    found = []
+    ours, theirs = a.to_json(), b.to_json()
+    for key in ours | theirs:
+        one, two = ours.get(key), theirs.get(key)
+        if isinstance(one, dict) and isinstance(two, dict):
+            found += [f"{key}.{name} is {one[name]!r} and {two[name]!r}" for name in one if one[name] != two[name]]
+        elif one != two:
+            found.append(f"{key} is {_short(one)} and {_short(two)}")
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mtmoe import languages
-from mtmoe.checkpoint.inspection import describe, history_lines, size_text
+from mtmoe.checkpoint.inspection import describe, experts_text, history_lines, size_text
 from mtmoe.checkpoint.stored import StoredModel, read_json
 from mtmoe.errors import CheckpointError, UnknownLanguage
 
@@ -83,7 +83,7 @@ def model_card(name: str, model: StoredModel) -> str:
         lines += [f"{number}. {line}" for number, line in enumerate(history_lines(model.history), start=1)] + [""]
     lines += [
         "## Checking a copy", "",
-        "`manifest.json` has the size and SHA-256 of each file; `mtmoe inspect --verify FOLDER` compares them.", "",
+        "`checksums.json` has the size and SHA-256 of each file; `mtmoe inspect --verify FOLDER` compares them.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -96,7 +96,7 @@ def _front_matter(model: StoredModel) -> list[str]:
 
 def _summary(about: Mapping[str, Any]) -> str:
     experts = ", ".join(
-        f"{side['experts']} experts (top-{side['top_k']}) in {side['moe_layers']} of {side['layers']} {name} layers"
+        f"{experts_text(side)} (top-{side['top_k']}) in {side['moe_layers']} of {side['layers']} {name} layers"
         for name, side in (("encoder", about["encoder"]), ("decoder", about["decoder"]))
         if side["moe_layers"]
     )

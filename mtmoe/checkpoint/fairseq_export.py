@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtmoe.checkpoint.average import config_differences
 from mtmoe.checkpoint.config import TransformerConfig
-from mtmoe.checkpoint.fairseq import UNSUPPORTED_OPTIONS
+from mtmoe.checkpoint.fairseq import UNSUPPORTED_OPTIONS, FairseqCheckpoint, transformer_config
 from mtmoe.checkpoint.stored import StoredModel, check_tensors
 from mtmoe.errors import CheckpointError
 from mtmoe.files import replacing
@@ -53,10 +54,17 @@ def write_fairseq_checkpoint(path: Path, model: StoredModel) -> None:
         "directions": ",".join(model.languages.directions),
         "encoder_langtok": model.languages.encoder_langtok,
     }
+    tensors = _state_dict(model)
+    read_back = transformer_config(FairseqCheckpoint(path, options, {}, tensors))
+    if read_back != model.config:
+        raise CheckpointError(
+            f"{path}: fairseq has no options for this model: {'; '.join(config_differences(model.config, read_back))} "
+            "where it would be trained"
+        )
     state = {
         "args": Namespace(**options),  # fairseq makes its configuration of it, with the defaults of all other options
         "cfg": None,
-        "model": _state_dict(model),
+        "model": tensors,
         "criterion": None,
         "optimizer_history": [
             {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {"best": None}, "num_updates": 0}

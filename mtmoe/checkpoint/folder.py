@@ -7,7 +7,7 @@
 ``dict.txt``           a piece and its count in each line, in the order of the embedding's rows
 ``spm.model``          SentencePiece
 ``languages.json``     ``{"languages": […], "directions": […], "encoder_langtok": "src", "decoder_start": "tag"}``
-``manifest.json``      size and SHA-256 of each file above
+``checksums.json``      size and SHA-256 of each file above
 ``README.md``          the model card, made from config.json and languages.json; free to be changed
 
 Version 1 had neither manifest nor card nor parts, and only ``model`` in config.json; it is read as before.
@@ -25,10 +25,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mtmoe.checkpoint import manifest
+from mtmoe.checkpoint import checksums
 from mtmoe.checkpoint.card import model_card
+from mtmoe.checkpoint.checksums import CHECKSUMS, MEND
 from mtmoe.checkpoint.config import TransformerConfig
-from mtmoe.checkpoint.manifest import MANIFEST, MEND
 from mtmoe.checkpoint.safetensors_file import bytes_of, write_safetensors
 from mtmoe.checkpoint.stored import LanguageSet, StoredModel, check_tensors, expected_shapes, read_json
 from mtmoe.checkpoint.tensors import FileTensors
@@ -46,7 +46,7 @@ CONFIG, WEIGHTS, INDEX, DICTIONARY, SENTENCEPIECE, LANGUAGES, CARD = (
     "languages.json",
     "README.md",
 )
-FILES = (CONFIG, WEIGHTS, DICTIONARY, SENTENCEPIECE, LANGUAGES, MANIFEST, CARD)
+FILES = (CONFIG, WEIGHTS, DICTIONARY, SENTENCEPIECE, LANGUAGES, CHECKSUMS, CARD)
 """A folder whose weights are in one file."""
 
 PART_BYTES = 2_000_000_000
@@ -57,7 +57,7 @@ PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 def is_model_folder(path: Path) -> bool:
     """Whether `path` looks like a model folder, complete or not."""
-    return any((path / name).is_file() for name in (CONFIG, WEIGHTS, INDEX, MANIFEST))
+    return any((path / name).is_file() for name in (CONFIG, WEIGHTS, INDEX, CHECKSUMS))
 
 
 def write_folder(path: Path, model: StoredModel, *, part_bytes: int = PART_BYTES) -> None:
@@ -89,7 +89,7 @@ def write_folder(path: Path, model: StoredModel, *, part_bytes: int = PART_BYTES
         shutil.copyfile(model.sentencepiece, staging / SENTENCEPIECE)
         # Layer by layer, so that a part holds whole layers where it can.
         hashes |= write_parts(staging, model.tensors, list(expected_shapes(model.config)), part_bytes)
-        manifest.write_manifest(staging, hashes)
+        checksums.write_checksums(staging, hashes)
         write_text(staging / CARD, model_card(path.resolve().name, model))
         put_in_place(staging, path)
     finally:
@@ -102,18 +102,18 @@ def read_folder(path: Path, *, verify: bool | None = None) -> StoredModel:
     Args:
         path: the folder.
         verify: compare the weights with their checksums; None does so where they have at most
-            `manifest.HASHED_BYTES`. The other files, and the sizes of all, are always compared.
+            `checksums.HASHED_BYTES`. The other files, and the sizes of all, are always compared.
 
     Raises:
         CheckpointError: names the file, and the key or weight in it, that is missing or wrong, and the way out.
     """
     version = None
-    if (path / MANIFEST).is_file():
+    if (path / CHECKSUMS).is_file():
         _check_files(path, verify)
     elif (path / CONFIG).is_file():
         version = _read_version(path / CONFIG, read_json(path / CONFIG))
     required = [CONFIG, DICTIONARY, SENTENCEPIECE, LANGUAGES]
-    required += [WEIGHTS] * (not (path / INDEX).is_file()) + [MANIFEST] * (version != 1)
+    required += [WEIGHTS] * (not (path / INDEX).is_file()) + [CHECKSUMS] * (version != 1)
     missing = [name for name in required if not (path / name).is_file()]
     if missing:
         raise CheckpointError(f"{path} is no complete model folder: it lacks {', '.join(missing)}; {MEND}")
@@ -219,15 +219,15 @@ def _sync(path: Path) -> None:
 
 def _check_files(path: Path, verify: bool | None) -> None:
     """Compare with the manifest; it must list all that is read later, or that could be exchanged unnoticed."""
-    files = manifest.read_manifest(path)
-    manifest.check_sizes(path, files)
+    files = checksums.read_checksums(path)
+    checksums.check_sizes(path, files)
     weights = [name for name in files if name == WEIGHTS or PART.fullmatch(name)]
-    manifest.check_hashes(path, files, [name for name in files if name not in weights])
+    checksums.check_hashes(path, files, [name for name in files if name not in weights])
     for name in (CONFIG, DICTIONARY, SENTENCEPIECE, LANGUAGES, *(file.name for file in weight_files(path))):
         if name not in files:
-            raise CheckpointError(f"{path / MANIFEST} does not list {name}; {MEND}")
-    if verify or (verify is None and sum(files[name]["bytes"] for name in weights) <= manifest.HASHED_BYTES):
-        manifest.check_hashes(path, files, weights)
+            raise CheckpointError(f"{path / CHECKSUMS} does not list {name}; {MEND}")
+    if verify or (verify is None and sum(files[name]["bytes"] for name in weights) <= checksums.HASHED_BYTES):
+        checksums.check_hashes(path, files, weights)
 
 
 def _read_version(path: Path, values: Any) -> int:

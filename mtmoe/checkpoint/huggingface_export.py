@@ -19,9 +19,10 @@ from mtmoe.checkpoint.huggingface import (
     expert_name,
     is_huggingface,
     their_name,
+    transformer_config,
 )
 from mtmoe.checkpoint.huggingface_tokens import SPECIALS, tokenizer_files
-from mtmoe.checkpoint.stored import StoredModel, check_tensors
+from mtmoe.checkpoint.stored import StoredModel, check_tensors, expected_shapes
 from mtmoe.checkpoint.tensors import ComputedTensors, Recipe, dtype_of, dtypes_of, rows_of, shape_of
 from mtmoe.errors import CheckpointError
 from mtmoe.files import write_json
@@ -59,6 +60,8 @@ def write_huggingface(path: Path, model: StoredModel, *, part_bytes: int = PART_
     if lacking:
         raise CheckpointError(f"{path}: Hugging Face's NllbMoe and M2M100 have no {'; no '.join(lacking)}")
     values = huggingface_config(model)
+    if expected_shapes(transformer_config(values, path)) != expected_shapes(model.config):
+        raise CheckpointError(f"{path}: Hugging Face's NllbMoe has as many experts in each layer, this model has not")
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
     try:

@@ -24,12 +24,14 @@ NLLB_TAG, M2M_TAG = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}"), re.compile(r"__(\w+)_
 
 MASK = "<mask>"
 
-M2M_LANGUAGES = tuple(
+M2M_CODES = (
     "af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr fy ga gd gl gu ha he hi hr ht hu hy "
     "id ig ilo is it ja jv ka kk km kn ko lb lg ln lo lt lv mg mk ml mn mr ms my ne nl no ns oc or pa pl ps pt ro ru "
-    "sd si sk sl so sq sr ss su sv sw ta th tl tn tr uk ur uz vi wo xh yi yo zh zu".split()
+    "sd si sk sl so sq sr ss su sv sw ta th tl tn tr uk ur uz vi wo xh yi yo zh zu"
 )
 """The languages of M2M-100 in the order of their tags' ids; its tokeniser knows them, its files need not name them."""
+
+M2M_TAGS = [f"__{code}__" for code in M2M_CODES.split()]
 
 
 def read_pieces(path: Path, rows: int) -> list[str]:
@@ -100,8 +102,7 @@ def tokenizer_files(pieces: Sequence[str], model: Path, tags: Mapping[str, str])
         config = {"tokenizer_class": "NllbTokenizer", "added_tokens_decoder": entries, "src_lang": named[0]}
         return {"tokenizer_config.json": config | {"additional_special_tokens": named}}
     first = ids[named[0]]
-    m2m = [f"__{code}__" for code in M2M_LANGUAGES]
-    if named == m2m and list(pieces[first : first + len(m2m)]) == m2m:
+    if named == M2M_TAGS and list(pieces[first : first + len(named)]) == named:
         return {
             "vocab.json": {piece: index for index, piece in enumerate(pieces[:first])},
             "tokenizer_config.json": {"tokenizer_class": "M2M100Tokenizer", "language_codes": "m2m100"},
@@ -143,7 +144,7 @@ def _added_tokens(path: Path, after: int) -> dict[int, str]:
     listed = listed or values.get("additional_special_tokens") or []
     names = [_content(token) for token in listed]
     if not names and (path / "vocab.json").is_file():
-        names = [f"__{code}__" for code in M2M_LANGUAGES]
+        names = M2M_TAGS
     tokens = {after + number: name for number, name in enumerate(names)}
     if names and NLLB_TAG.fullmatch(names[0]):
         tokens[after + len(names)] = MASK

@@ -101,7 +101,7 @@ def _side(model: StoredModel, side: str) -> dict[str, Any]:
         "heads": getattr(config, f"{side}_heads"),
         "d_ffn": getattr(config, f"{side}_d_ffn"),
         "moe_layers": len(_moe_layers(config, side)),
-        "experts": 0 if moe is None else moe.num_experts,
+        "experts": [_experts(model, side, layer) for layer in _moe_layers(config, side)],
         "top_k": 0 if moe is None else moe.top_k,
         "gate": None if moe is None else moe.gate,
         "expert_d_ffn": 0 if moe is None else moe.d_ffn,
@@ -113,10 +113,20 @@ def _side_text(side: Mapping[str, Any]) -> str:
     text = f"{side['layers']} layers, {side['heads']} heads, feed-forward {side['d_ffn']}"
     if side["moe_layers"]:
         text += (
-            f"; {side['moe_layers']} with {side['experts']} experts of {side['expert_d_ffn']}, top-{side['top_k']}"
+            f"; {side['moe_layers']} with {experts_text(side)} of {side['expert_d_ffn']}, top-{side['top_k']}"
             + (", CMR" if side["cmr"] else "")
         )
     return text
+
+
+def experts_text(side: Mapping[str, Any]) -> str:
+    """How many experts the MoE layers of a side have, as "8 experts" or "3 to 8 experts"."""
+    least, most = min(side["experts"]), max(side["experts"])
+    return f"{most} experts" if least == most else f"{least} to {most} experts"
+
+
+def _experts(model: StoredModel, side: str, layer: int) -> int:
+    return shape_of(model.tensors, f"{side}.layers.{layer}.moe.experts.w_in")[0]
 
 
 def _moe_layers(config: TransformerConfig, side: str) -> list[int]:

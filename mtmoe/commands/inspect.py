@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     found = locate_model(args.model)
     if args.verify and found.is_file():
         raise CheckpointError(f"--verify needs a model folder with checksums; {found} is a checkpoint")
-    if args.verify and not (found / "manifest.json").is_file():
+    if args.verify and not (found / "checksums.json").is_file():
         raise CheckpointError(
             f"{found} is of version 1, without checksums; write it anew: mtmoe convert {found} --output {found}"
         )

@@ -20,13 +20,14 @@ def test_the_mean_rounded_once(vocabulary, tmp_path, dtype):
         name: replace(model, tensors={key: tensor.to(dtype) for key, tensor in model.tensors.items()})
         for name, model in models.items()
     }
-    before = {name: model.tensors["encoder.layers.0.fc1.weight"].clone() for name, model in models.items()}
+    weight = "encoder.layers.0.fc1.weight"
+    before = {name: model.tensors[weight].clone() for name, model in models.items()}
     write_folder(tmp_path / "model", average(models))
     found = read_folder(tmp_path / "model")
     for name, tensor in found.tensors.items():
         expected = torch.stack([model.tensors[name].double() for model in models.values()]).mean(0)
         assert torch.equal(tensor, expected.to(dtype))
-    assert all(torch.equal(model.tensors["encoder.layers.0.fc1.weight"], before[name]) for name, model in models.items())
+    assert all(torch.equal(model.tensors[weight], before[name]) for name, model in models.items())
     assert found.history[-1]["operation"] == "averaged"
     assert found.history[-1]["models"] == ["0", "1", "2"]
 

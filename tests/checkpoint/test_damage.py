@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference.models import as_version_1, toy_model
 
-from mtmoe.checkpoint import manifest
+from mtmoe.checkpoint import checksums
 from mtmoe.checkpoint.folder import read_folder, write_folder
 from mtmoe.errors import CheckpointError
 
@@ -79,7 +79,7 @@ def test_a_flipped_bit(folders, broken, number, place, bit):
     content = bytearray(path.read_bytes())
     content[int(place * len(content))] ^= 1 << bit
     path.write_bytes(content)
-    if path.name == "manifest.json":  # a space that becomes a tab there means nothing
+    if path.name == "checksums.json":  # a space that becomes a tab there means nothing
         refused_or_as_it_was(folder, folders["parts"])
     else:
         with pytest.raises(CheckpointError, match=path.name):
@@ -93,7 +93,7 @@ def test_a_truncated_file(folders, broken, number, share):
     path = pick(folder, number)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    if path.name == "manifest.json":  # all but its last line break may be there
+    if path.name == "checksums.json":  # all but its last line break may be there
         refused_or_as_it_was(folder, folders["parts"])
     else:
         with pytest.raises(CheckpointError, match=path.name):
@@ -110,7 +110,7 @@ def test_two_swapped_files(folders, broken, first, second):
     old = a.read_bytes()
     a.write_bytes(b.read_bytes())
     b.write_bytes(old)
-    with pytest.raises(CheckpointError, match=r"manifest\.json|damaged"):
+    with pytest.raises(CheckpointError, match=r"checksums\.json|damaged"):
         read_folder(folder)
 
 
@@ -142,7 +142,7 @@ def test_version_1_never_crashes(folders, broken, number, place, junk, cut):
 
 
 def test_parts_of_equal_size_are_told_apart_without_hashing(folders, broken, monkeypatch):
-    monkeypatch.setattr(manifest, "HASHED_BYTES", 0)
+    monkeypatch.setattr(checksums, "HASHED_BYTES", 0)
     folder = copy_of(folders["parts"], broken)
     parts = sorted(folder.glob("model-*.safetensors"))
     sizes = [path.stat().st_size for path in parts]
@@ -157,7 +157,7 @@ def test_parts_of_equal_size_are_told_apart_without_hashing(folders, broken, mon
 
 
 def test_large_weights_are_hashed_when_asked(folders, broken, monkeypatch):
-    monkeypatch.setattr(manifest, "HASHED_BYTES", 0)
+    monkeypatch.setattr(checksums, "HASHED_BYTES", 0)
     folder = copy_of(folders["parts"], broken)
     path = sorted(folder.glob("model-*.safetensors"))[1]
     content = bytearray(path.read_bytes())
@@ -171,35 +171,35 @@ def test_large_weights_are_hashed_when_asked(folders, broken, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("[]", "manifest.json lacks files"),
-        ('{"files": {}}', "manifest.json lacks files"),
+        ("[]", "checksums.json lacks files"),
+        ('{"files": {}}', "checksums.json lacks files"),
         ('{"files": {"a": 3}}', r"files\.a must have bytes and sha256, not 3"),
         ('{"files": {"../a": {"bytes": 3, "sha256": ""}}}', r"files\.\.\./a must have"),
-        ('{"files": ' + "[" * 100_000, "manifest.json is not valid JSON"),
+        ('{"files": ' + "[" * 100_000, "checksums.json is not valid JSON"),
     ],
 )
 def test_a_manifest_of_another_form(folders, broken, content, text):
     folder = copy_of(folders["parts"], broken)
-    (folder / "manifest.json").write_text(content)
+    (folder / "checksums.json").write_text(content)
     with pytest.raises(CheckpointError, match=text):
         read_folder(folder)
 
 
 def test_an_index_that_leads_elsewhere(folders, broken):
     folder = copy_of(folders["parts"], broken)
-    (folder / "manifest.json").unlink()
+    (folder / "checksums.json").unlink()
     for content, text in (
         ('{"weight_map": {"a": "../secret.safetensors"}}', r"weight_map\.a must be a file as model-00001"),
         ("{}", "lacks weight_map"),
     ):
         (folder / "model.safetensors.index.json").write_text(content)
-        with pytest.raises(CheckpointError, match=r"manifest\.json"):  # version 2 must have one
+        with pytest.raises(CheckpointError, match=r"checksums\.json"):  # version 2 must have one
             read_folder(folder)
         files = {path.name: "" for path in folder.iterdir()}
-        manifest.write_manifest(folder, files)
+        checksums.write_checksums(folder, files)
         with pytest.raises(CheckpointError, match=text):
             read_folder(folder)
-        (folder / "manifest.json").unlink()
+        (folder / "checksums.json").unlink()
 
 
 SPARSE = """
@@ -209,7 +209,7 @@ import torch
 from reference.models import toy_config, toy_model
 from mtmoe.checkpoint.folder import read_folder, write_folder
 from mtmoe.checkpoint.inspection import describe
-from mtmoe.checkpoint.manifest import MANIFEST
+from mtmoe.checkpoint.checksums import CHECKSUMS
 from mtmoe.checkpoint.stored import expected_shapes
 from mtmoe.checkpoint.tensors import rows_of
 
@@ -237,13 +237,13 @@ for number, half in enumerate(halves, start=1):
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
 (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-from mtmoe.checkpoint.manifest import sha256
+from mtmoe.checkpoint.checksums import sha256
 files = {}
 for path in folder.iterdir():
-    if path.name not in (MANIFEST, "README.md"):
+    if path.name not in (CHECKSUMS, "README.md"):
         digest = "" if path.suffix == ".safetensors" else sha256(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-(folder / MANIFEST).write_text(json.dumps({"files": files}))
+(folder / CHECKSUMS).write_text(json.dumps({"files": files}))
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -117,10 +117,10 @@ def test_a_missing_file(folder, name, version):
     if version == 1:
         as_version_1(folder)
     (folder / name).unlink(missing_ok=True)
-    if version == 1 and name == "manifest.json":
+    if version == 1 and name == "checksums.json":
         read_folder(folder)
         return
-    with pytest.raises(CheckpointError, match=f"it lacks.* {name}|{name} is missing, and manifest.json lists it"):
+    with pytest.raises(CheckpointError, match=f"it lacks.* {name}|{name} is missing, and checksums.json lists it"):
         read_folder(folder)
 
 

@@ -8,7 +8,7 @@ import sentencepiece
 import torch
 
 from mtmoe.checkpoint import LanguageSet, StoredModel, TransformerConfig
-from mtmoe.checkpoint.manifest import write_manifest
+from mtmoe.checkpoint.checksums import write_checksums
 from mtmoe.checkpoint.stored import expected_shapes
 from mtmoe.moe import MoEConfig
 
@@ -112,8 +112,8 @@ def toy_model(vocabulary: Path, seed: int = 1, **changes) -> StoredModel:
 
 def seal(folder: Path) -> None:
     """Give a changed model folder the checksums of what it holds now."""
-    names = {path.name for path in folder.iterdir()} - {"manifest.json", "README.md"}
-    write_manifest(folder, dict.fromkeys(names, ""))
+    names = {path.name for path in folder.iterdir()} - {"checksums.json", "README.md"}
+    write_checksums(folder, dict.fromkeys(names, ""))
 
 
 def as_version_1(folder: Path) -> None:
@@ -123,5 +123,5 @@ def as_version_1(folder: Path) -> None:
     languages = json.loads((folder / "languages.json").read_text(encoding="utf-8"))
     del languages["decoder_start"]
     (folder / "languages.json").write_text(json.dumps(languages))
-    for name in ("manifest.json", "README.md"):
+    for name in ("checksums.json", "README.md"):
         (folder / name).unlink()

@@ -1,4 +1,4 @@
-"""The checksums of a model folder: ``manifest.json`` has the size and the SHA-256 of each file.
+"""The checksums of a model folder: ``checksums.json`` has the size and the SHA-256 of each file.
 
 Sizes, and the contents of small files, are compared whenever a folder is opened. The weights are hashed too where all
 of them have at most `HASHED_BYTES`: they are about to be read anyway, and a flipped bit in a weight is noticed by
@@ -17,7 +17,7 @@ from mtmoe.checkpoint.stored import read_json
 from mtmoe.errors import CheckpointError
 from mtmoe.files import write_json
 
-MANIFEST = "manifest.json"
+CHECKSUMS = "checksums.json"
 
 HASHED_BYTES = 1_000_000_000
 """Weights of so many bytes or fewer are compared with their checksum whenever they are opened."""
@@ -25,8 +25,8 @@ HASHED_BYTES = 1_000_000_000
 MEND = "copy it again from where it is whole"
 
 
-def write_manifest(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Write ``manifest.json``.
+def write_checksums(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Write ``checksums.json``.
 
     Args:
         folder: where the files are.
@@ -36,16 +36,16 @@ def write_manifest(folder: Path, hashes: Mapping[str, str]) -> None:
         name: {"bytes": (folder / name).stat().st_size, "sha256": hashes[name] or sha256(folder / name)}
         for name in sorted(hashes)
     }
-    write_json(folder / MANIFEST, {"files": files})
+    write_json(folder / CHECKSUMS, {"files": files})
 
 
-def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+def read_checksums(folder: Path) -> dict[str, dict[str, Any]]:
     """File name -> its ``bytes`` and ``sha256``.
 
     Raises:
         CheckpointError: it is missing or not of this form.
     """
-    path = folder / MANIFEST
+    path = folder / CHECKSUMS
     values = read_json(path)
     files = values.get("files") if isinstance(values, dict) else None
     if not isinstance(files, dict) or not files:
@@ -68,11 +68,11 @@ def check_sizes(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
             size = (folder / name).stat().st_size
         except OSError as error:
             raise CheckpointError(
-                f"{folder / name} is missing, and {MANIFEST} lists it: {error.strerror}; {MEND}"
+                f"{folder / name} is missing, and {CHECKSUMS} lists it: {error.strerror}; {MEND}"
             ) from error
         if size != entry["bytes"]:
             raise CheckpointError(
-                f"{folder / name} is damaged: it has {size:,} bytes, {MANIFEST} says {entry['bytes']:,}; {MEND}"
+                f"{folder / name} is damaged: it has {size:,} bytes, {CHECKSUMS} says {entry['bytes']:,}; {MEND}"
             )
 
 
@@ -85,7 +85,7 @@ def check_hashes(folder: Path, files: Mapping[str, Mapping[str, Any]], names: It
     for name in names:
         if sha256(folder / name) != files[name]["sha256"]:
             raise CheckpointError(
-                f"{folder / name} is damaged: its SHA-256 is not the one that {MANIFEST} has; {MEND}"
+                f"{folder / name} is damaged: its SHA-256 is not the one that {CHECKSUMS} has; {MEND}"
             )
 
 
