@@ -15,6 +15,8 @@ Version 1 had neither manifest nor card nor parts, and only ``model`` in config.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -125,6 +127,22 @@ def read_folder(path: Path, *, verify: bool | None = None) -> StoredModel:
     check_tensors(config, tensors, path / (INDEX if (path / INDEX).is_file() else WEIGHTS))
     told = _read_description(path / CONFIG, values)
     return StoredModel(config, tensors, path / DICTIONARY, path / SENTENCEPIECE, languages, **told)
+
+
+def identity(path: Path) -> str | None:
+    """A hash of all that decides how a model folder translates, and of nothing else: not of history, figures and card.
+
+    Made from the checksums, so that weights are not read; None for a folder without.
+
+    Raises:
+        CheckpointError: config.json or the checksums are damaged.
+    """
+    if not (path / CHECKSUMS).is_file():
+        return None
+    files = checksums.read_checksums(path)
+    shape = read_json(path / CONFIG).get("model")
+    known = {name: entry["sha256"] for name, entry in files.items() if name != CONFIG}
+    return hashlib.sha256(json.dumps([shape, known], sort_keys=True).encode()).hexdigest()
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -57,7 +57,11 @@ def test_any_shape_goes_there_and_back(
         share_all_embeddings=embeddings == "all", share_decoder_input_output_embed=embeddings != "none",
     )  # fmt: skip
     path = tmp_path_factory.mktemp("export") / "start.pt"
-    write_fairseq_checkpoint(path, model)
+    write_folder(path.parent / "model", model, part_bytes=9000)
+    stored = read_folder(path.parent / "model")
+    assert stored.config == model.config
+    assert same(stored.tensors, model.tensors)
+    write_fairseq_checkpoint(path, stored)
     found = read_model(path)  # its data is where the model's dictionary is
     assert found.config == model.config
     assert found.languages == model.languages
@@ -157,10 +161,10 @@ def test_fairseq_generate_translates_as_the_folder(vocabulary, data, tmp_path):
     model = toy_model(vocabulary, moe=True)
     write_folder(tmp_path / "model", model)
     write_fairseq_checkpoint(tmp_path / "start.pt", model)
+    search = "-s en -t de --cpu --num-workers 0 --beam 1 --batch-size 1 --unkpen inf --max-len-a 2 --max-len-b 20"
     printed = fairseq(
         "fairseq-generate", data, "--user-dir", ROOT / "fairseq_plugins", "--task", "mtmoe_translation", "--path",
-        tmp_path / "start.pt", "-s", "en", "-t", "de", "--cpu", "--num-workers", "0", "--beam", "1",
-        "--batch-size", "1", "--unkpen", "inf", "--max-len-a", "2", "--max-len-b", "20", "--directions", ",".join(DIRECTIONS),
+        tmp_path / "start.pt", "--directions", ",".join(DIRECTIONS), *search.split(),
     )  # fmt: skip
     lines = dict(line.split("\t", 2)[::2] for line in printed.splitlines() if line.startswith("H-"))
     translator = Translator.load(tmp_path / "model")

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mtmoe.checkpoint import StoredModel, TransformerConfig, locate_model, open_model
-from mtmoe.checkpoint.folder import FILES, read_folder, write_folder
+from mtmoe.checkpoint.folder import FILES, identity, read_folder, write_folder
 from mtmoe.checkpoint.tensors import rows_of
 from mtmoe.errors import CheckpointError
 from mtmoe.moe.config import LATER_FIELDS
@@ -250,6 +250,19 @@ def test_rows_of_a_weight(folder, vocabulary):
     expected = toy_model(vocabulary, moe=True).tensors[name]
     assert torch.equal(rows_of(tensors, name, 1, 3), expected[1:3])
     assert torch.equal(rows_of({name: expected}, name, 1, 3), expected[1:3])
+
+
+def test_an_identity_is_of_what_decides_translations(vocabulary, tmp_path):
+    model = toy_model(vocabulary, moe=True)
+    told = replace(model, data={"licence": "CC0"}, figures={"mean_chrf++": 1.0, "directions": {}}).after("converted")
+    deaf = replace(model, config=replace(model.config, max_source_positions=8))
+    other = toy_model(vocabulary, seed=2, moe=True)
+    for name, each in (("a", model), ("b", told), ("c", other), ("d", deaf)):
+        write_folder(tmp_path / name, each)
+    assert identity(tmp_path / "a") == identity(tmp_path / "b")
+    assert len({identity(tmp_path / name) for name in "acd"}) == 3
+    as_version_1(tmp_path / "a")
+    assert identity(tmp_path / "a") is None
 
 
 def test_history_grows_and_figures_go(vocabulary, tmp_path):

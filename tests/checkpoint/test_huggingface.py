@@ -1,7 +1,7 @@
 """Hugging Face's NllbMoe and M2M100 against ours: the same logits, the same texts, and back to the bit.
 
-What compares with transformers needs transformers 4.57 beside the project's own packages (benchmarks/requirements.txt
-has it, so `make bench-setup` makes such an environment); the rest needs nothing.
+What compares with transformers needs version 4.57 of it beside the project's own packages, as `make test-huggingface`
+installs it from benchmarks/requirements.txt; the rest needs nothing.
 """
 
 import json
@@ -162,7 +162,7 @@ def test_codes_of_tags():
 
 @pytest.fixture(scope="module")
 def transformers():
-    found = pytest.importorskip("transformers", reason="transformers is not installed: make bench-setup brings 4.57")
+    found = pytest.importorskip("transformers", reason="transformers is not installed; make test-huggingface brings it")
     if not found.__version__.startswith("4.57."):
         pytest.skip(f"transformers {found.__version__} is installed; NllbMoe is compared with 4.57")
     return found
