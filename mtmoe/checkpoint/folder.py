@@ -140,9 +140,10 @@ def identity(path: Path) -> str | None:
     if not (path / CHECKSUMS).is_file():
         return None
     files = checksums.read_checksums(path)
-    shape = read_json(path / CONFIG).get("model")
+    values = read_json(path / CONFIG)
+    _read_version(path / CONFIG, values)
     known = {name: entry["sha256"] for name, entry in files.items() if name != CONFIG}
-    return hashlib.sha256(json.dumps([shape, known], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([values.get("model"), known], sort_keys=True).encode()).hexdigest()
 
 
 def weight_files(path: Path) -> list[Path]:

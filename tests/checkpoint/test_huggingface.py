@@ -334,7 +334,7 @@ def test_text_to_text_is_the_same(transformers, vocabulary, tmp_path, kind, toke
             max_new_tokens=2 * len(ids) + 20, suppress_tokens=forbidden,
         )  # fmt: skip
         [found] = translator.translate([text], "en", german, beam=1)
-        assert found == words.decode(generated[0], skip_special_tokens=True)
+        assert found == words.decode(generated[0][2:], skip_special_tokens=True)
     with_tokenizer = read_folder(tmp_path / "model")
     assert write_huggingface(tmp_path / "back", with_tokenizer)
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "back", use_fast=False, src_lang=english)
