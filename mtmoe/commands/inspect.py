@@ -38,12 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Describe; returns the exit status."""
     from mtmoe.checkpoint import locate_model, open_model
+    from mtmoe.checkpoint.folder import CHECKSUMS, is_model_folder
     from mtmoe.checkpoint.inspection import describe, description_text
 
     found = locate_model(args.model)
-    if args.verify and found.is_file():
+    if args.verify and not is_model_folder(found):
         raise CheckpointError(f"--verify needs a model folder with checksums; {found} is a checkpoint")
-    if args.verify and not (found / "checksums.json").is_file():
+    if args.verify and not (found / CHECKSUMS).is_file():
         raise CheckpointError(
             f"{found} is of version 1, without checksums; write it anew: mtmoe convert {found} --output {found}"
         )
