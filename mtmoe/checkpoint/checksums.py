@@ -58,7 +58,7 @@ def read_checksums(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_sizes(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compare the size of each file with the manifest's.
+    """Compare the size of each file with what checksums.json says.
 
     Raises:
         CheckpointError: a file is missing, or longer or shorter.

@@ -10,7 +10,7 @@
 ``checksums.json``      size and SHA-256 of each file above
 ``README.md``          the model card, made from config.json and languages.json; free to be changed
 
-Version 1 had neither manifest nor card nor parts, and only ``model`` in config.json; it is read as before.
+Version 1 had neither checksums nor card nor parts, and only ``model`` in config.json; it is read as before.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def _sync(path: Path) -> None:
 
 
 def _check_files(path: Path, verify: bool | None) -> None:
-    """Compare with the manifest; it must list all that is read later, or that could be exchanged unnoticed."""
+    """Compare with the checksums; their file must list all that is read later, or that could be exchanged unnoticed."""
     files = checksums.read_checksums(path)
     checksums.check_sizes(path, files)
     weights = [name for name in files if name == WEIGHTS or PART.fullmatch(name)]

@@ -178,7 +178,7 @@ def test_large_weights_are_hashed_when_asked(folders, broken, monkeypatch):
         ('{"files": ' + "[" * 100_000, "checksums.json is not valid JSON"),
     ],
 )
-def test_a_manifest_of_another_form(folders, broken, content, text):
+def test_checksums_of_another_form(folders, broken, content, text):
     folder = copy_of(folders["parts"], broken)
     (folder / "checksums.json").write_text(content)
     with pytest.raises(CheckpointError, match=text):

@@ -158,7 +158,7 @@ def test_a_wrong_configuration(folder, change, text):
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"config\.json is damaged: its SHA-256|it has .* bytes, manifest"):
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged: its SHA-256|it has .* bytes, checksums"):
         read_folder(folder)
     seal(folder)
     with pytest.raises(CheckpointError, match=text):
