@@ -52,6 +52,11 @@ SIZES = {"d_model": 4, "d_ffn": 8}
             {"gate": "bilevel", "expert_nodes": 2, "normalize_weights": "none", "expert_clusters": 2},
             "expert_clusters=2 does not work with gate='bilevel'",
         ),
+        ({"eval_capacity": -1}, "eval_capacity=-1 must not be negative"),
+        (
+            {"gate": "moec", "top_k": 1, "normalize_weights": "none", "gate_bias": True},
+            "gate='moec' compares directions, which have no bias",
+        ),
         ({"cosine_gate_dim": 0}, "cosine_gate_dim=0 must be at least 1"),
         ({"expert_clusters": -1}, "expert_clusters=-1 must not be negative"),
         ({"expert_clusters": 3}, "expert_clusters=3 must divide num_experts=8"),

@@ -18,7 +18,7 @@ from mtmoe.parallel import ExpertParallel
 
 
 class TopKGate(nn.Module):
-    """Send each token to the `top_k` experts with the highest logits of one linear map without bias.
+    """Send each token to the `top_k` experts with the highest logits of one linear map; it has a bias if `gate_bias`.
 
     Args:
         config: of the layer.
@@ -41,6 +41,7 @@ class TopKGate(nn.Module):
         super().__init__()
         self.config, self.backend, self.parallel = config, backend, parallel
         self.weight = nn.Parameter(torch.empty(rows or config.num_experts, width or config.d_model))
+        self.bias = nn.Parameter(torch.zeros(len(self.weight))) if config.gate_bias else None
         nn.init.uniform_(self.weight, -1 / math.sqrt(config.d_model), 1 / math.sqrt(config.d_model))
 
     def forward(
@@ -89,7 +90,11 @@ class TopKGate(nn.Module):
             if self.training and self.config.jitter > 0:
                 x = x * self._jitter(x, keys)
             weight = self.weight.to(x.dtype)
-            return self.scores(x, weight if survivors is None else weight[survivors])
+            logits = self.scores(x, weight if survivors is None else weight[survivors])
+            if self.bias is not None:
+                bias = self.bias.to(x.dtype)
+                logits = logits + (bias if survivors is None else bias[survivors])
+            return logits
 
     def scores(self, x: Tensor, weight: Tensor) -> Tensor:
         """Compare tokens with rows of weights: (tokens, d_model), (experts, width) -> (tokens, experts)."""
