@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Describe; returns the exit status."""
     from mtmoe.checkpoint import locate_model, open_model
-    from mtmoe.checkpoint.folder import CHECKSUMS, is_model_folder
+    from mtmoe.checkpoint.checksums import CHECKSUMS
+    from mtmoe.checkpoint.folder import is_model_folder
     from mtmoe.checkpoint.inspection import describe, description_text
 
     found = locate_model(args.model)
