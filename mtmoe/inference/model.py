@@ -433,7 +433,7 @@ def _normed(x: Tensor, norm: nn.LayerNorm | None) -> Tensor:
 def build_feed_forward(config: TransformerConfig, side: str, layer: int) -> nn.Module:
     """The feed-forward sublayer of a layer: MoE where the configuration says so."""
     if config.is_moe(side, layer):
-        return MoEFeedForward(getattr(config, f"{side}_moe"))
+        return MoEFeedForward(config.moe_of(side, layer))
     return DenseFeedForward(config.d_model, getattr(config, f"{side}_d_ffn"), config.activation)
 
 
