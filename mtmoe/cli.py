@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "translate": ("mtmoe.commands.translate", "translate text from arguments, a file or standard input"),
     "convert": ("mtmoe.commands.convert", "turn a fairseq checkpoint into a portable model folder"),
     "routing": ("mtmoe.commands.routing", "count which experts each direction's tokens choose, by layer"),
+    "prune": ("mtmoe.commands.prune", "remove experts that some languages, or all, need least, or merge them"),
     "plugin-dir": ("mtmoe.commands.plugin_dir", "print the folder to give to fairseq as --user-dir"),
 }
 """Name of a command -> its module and its line in ``mtmoe --help``."""

@@ -111,7 +111,9 @@ class LayerRouting:
 
     def rows_of(self, index: Sequence[int]) -> LayerRouting:
         """Some of the rows, in the order of `index`."""
-        chosen = {name: None if (rows := getattr(self, name)) is None else rows[list(index)] for name in _SUMMED}
+        chosen: dict[str, Any] = {
+            name: None if (rows := getattr(self, name)) is None else rows[list(index)] for name in _SUMMED
+        }
         return LayerRouting(self.side, self.layer, **chosen)
 
     def grouped(self, group: NDArray[np.int64], groups: int) -> LayerRouting:
@@ -143,8 +145,8 @@ class RoutingTable:
     """The routing of a model over some text."""
 
     rows: tuple[str, ...]
-    """Directions as ``en-de``, or ``en-*`` and ``*-de`` where a table counts by language (`ANY`), or languages once they
-    are grouped; the first axis of every array of the layers."""
+    """Directions as ``en-de``, or ``en-*`` and ``*-de`` where a table counts by language (`ANY`), or languages once
+    they are grouped; the first axis of every array of the layers."""
     sentences: tuple[int, ...]
     """Segments of each row."""
     layers: tuple[LayerRouting, ...]

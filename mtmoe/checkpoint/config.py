@@ -21,8 +21,10 @@ PRUNED_FIELDS = ("encoder_layer_experts", "decoder_layer_experts")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerConfig:
-    """An encoder–decoder Transformer whose layers are dense or MoE. A model knows its shape: only what pruning adds has a
-    default."""
+    """An encoder–decoder Transformer whose layers are dense or MoE.
+
+    A model knows its shape: only what pruning adds has a default.
+    """
 
     vocabulary_size: int
     """Rows of the embedding: four special symbols, the pieces, the language tags."""

@@ -82,7 +82,9 @@ def select_experts(
     return ExpertSelection({layer: kept[layer] for layer in scores}, sizes)
 
 
-def balanced(total: int, sizes: Mapping[LayerKey, int], least: Mapping[LayerKey, int], ratio: tuple[int, int]) -> Budget:
+def balanced(
+    total: int, sizes: Mapping[LayerKey, int], least: Mapping[LayerKey, int], ratio: tuple[int, int]
+) -> Budget:
     """Divide a budget between encoder and decoder, as near to a ratio as their layers allow.
 
     Args:
@@ -97,7 +99,7 @@ def balanced(total: int, sizes: Mapping[LayerKey, int], least: Mapping[LayerKey,
     if min(ratio) < 0 or not sum(ratio):
         raise ValueError(f"balance={ratio[0]}:{ratio[1]} needs two parts, not below 0 and not both 0")
     check_budget("keep", total, sizes.values(), least.values())
-    have, need = ({side: sum(n for (of, _), n in each.items() if of == side) for side in SIDES} for each in (sizes, least))
+    have, need = _by_side(sizes), _by_side(least)
     encoder = round(total * ratio[0] / sum(ratio))
     encoder = min(max(encoder, need["encoder"], total - have["decoder"]), have["encoder"], total - need["decoder"])
     return {"encoder": encoder, "decoder": total - encoder}
@@ -115,14 +117,21 @@ def check_budget(name: str, count: int, sizes: Iterable[int], least: Iterable[in
     if count < sum(least):
         each = ", ".join(sorted({str(number) for number in least}))
         raise ValueError(
-            f"{name}={count} of {sum(sizes)} experts is too few: each of the {len(sizes)} MoE layers needs its top_k of "
-            f"{each}, that is {sum(least)} in all ({100 * sum(least) / sum(sizes):.1f} %)"
+            f"{name}={count} of {sum(sizes)} experts is too few: each of the {len(sizes)} MoE layers needs its top_k "
+            f"of {each}, that is {sum(least)} in all ({100 * sum(least) / sum(sizes):.1f} %)"
         )
 
 
 def fixed_number(scores: Scores, count: int, floor: Mapping[LayerKey, int]) -> dict[LayerKey, int]:
-    """Equally many in each layer; what does not divide goes to the first layers, and where a layer has too few experts
-    to the others. Only the sizes of `scores` count, and `floor` is below them."""
+    """Equally many in each layer.
+
+    What does not divide goes to the first layers, and where a layer has too few experts to the others.
+
+    Args:
+        scores: MoE layer -> (num_experts,); only their number counts.
+        count: experts to keep.
+        floor: MoE layer -> experts to keep in any case.
+    """
     counts = dict.fromkeys(scores, 0)
     while count:
         open_layers = [layer for layer in scores if counts[layer] < len(scores[layer])]
@@ -162,6 +171,10 @@ RULES: dict[str, Callable[[Scores, int, Mapping[LayerKey, int]], dict[LayerKey, 
     "threshold": by_threshold,
 }
 """Name -> (scores of each layer from the best down, experts to keep, least of each layer) -> experts of each layer."""
+
+
+def _by_side(counts: Mapping[LayerKey, int]) -> dict[str, int]:
+    return {side: sum(count for (of, _), count in counts.items() if of == side) for side in SIDES}
 
 
 def _lifted(counts: dict[LayerKey, int], floor: Mapping[LayerKey, int]) -> dict[LayerKey, int]:

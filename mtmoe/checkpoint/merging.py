@@ -41,7 +41,7 @@ def merge_experts(model: StoredModel, selection: ExpertSelection, usage: Scores)
     def reshape(layer: LayerKey, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         kept, removed = selection.kept[layer], selection.removed(layer)
         nearest = nearest_kept(weights[GATE], kept, removed)
-        merged = {name: [] for name in EXPERTS}  # type: dict[str, list[Tensor]]
+        merged: dict[str, list[Tensor]] = {name: [] for name in EXPERTS}
         for place, expert in enumerate(kept):
             group = [expert, *(other for other, home in zip(removed, nearest, strict=True) if home == place)]
             one = average({name: weights[name] for name in EXPERTS}, group, [float(usage[layer][e]) for e in group])

@@ -117,7 +117,8 @@ def _show(table: RoutingTable) -> None:
         routing_entropy,
     )
 
-    headings = ("entropy, bits", "of", "experts for 80 %", "busiest, x even", "similarity of languages", "to the shared network")
+    headings = ("entropy, bits", "of", "experts for 80 %", "busiest, x even", "similarity of languages",
+                "to the shared network")  # fmt: skip
     rows = []
     for layer in language_routing(table):
         shared = "–" if layer.shared is None else f"{100 * layer.shared.mean():.1f} %"

@@ -102,7 +102,9 @@ class _Segment:
     """The decoder's input: the tag, then the pieces."""
 
 
-def _encode(translator: Translator, texts: Iterable[ParallelText], rows: dict[str, tuple[int, int]]) -> Iterator[_Segment]:
+def _encode(
+    translator: Translator, texts: Iterable[ParallelText], rows: dict[str, tuple[int, int]]
+) -> Iterator[_Segment]:
     vocabulary, config = translator.vocabulary, translator.model.config
     for direction, sources, targets in texts:
         if direction not in rows:
