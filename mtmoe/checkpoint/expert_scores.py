@@ -94,9 +94,9 @@ class Scope:
         if kind in ("pair", "set"):
             missing = [direction for direction in chosen if direction not in rows]
             if missing or not chosen:
-                wanted = ", ".join(missing) or f"among {', '.join(sources)}"
+                wanted = f"of {', '.join(missing)}" if missing else f"among {', '.join(sources)}"
                 raise DataError(
-                    f"scope={kind!r} needs routing of each direction, and there is none of {wanted}; it has: "
+                    f"scope={kind!r} needs routing of each direction, and there is none {wanted}; it has: "
                     f"{', '.join(rows) or 'languages only'}. scope='language' does with what partners there are"
                 )
         return cls(kind=kind, sources=sources, targets=targets, directions=chosen)
