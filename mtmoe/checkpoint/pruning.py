@@ -28,6 +28,10 @@ GATE = "gate.weight"
 EXPERTS = ("experts.w_in", "experts.b_in", "experts.w_out", "experts.b_out")
 """Names within a MoE layer of the experts' weights, stacked."""
 
+BESIDE, BESIDE_EACH = 32_768, 200
+"""Bytes reckoned for the JSON and the model card of a folder, and for each weight's entry in the header of its file;
+both are more than they take."""
+
 Reshape = Callable[[LayerKey, Mapping[str, Tensor]], Mapping[str, Tensor]]
 """reshape(layer, weights of the layer that have a row for each expert) -> the same with only the rows that stay."""
 
@@ -123,6 +127,6 @@ def bytes_of_experts(model: StoredModel) -> dict[LayerKey, int]:
 
 
 def bytes_of_model(model: StoredModel) -> int:
-    """Bytes of the weights, dictionary and SentencePiece model: a folder's, but for some KiB of JSON."""
-    weights = sum(tensor.element_size() * tensor.numel() for tensor in model.tensors.values())
-    return weights + model.dictionary.stat().st_size + model.sentencepiece.stat().st_size
+    """Bytes that a folder of this model takes at most, some KiB of JSON reckoned on the safe side."""
+    weights = sum(BESIDE_EACH + tensor.element_size() * tensor.numel() for tensor in model.tensors.values())
+    return BESIDE + weights + model.dictionary.stat().st_size + model.sentencepiece.stat().st_size
