@@ -47,7 +47,8 @@ def merge_experts(model: StoredModel, selection: ExpertSelection, usage: Scores)
             one = average({name: weights[name] for name in EXPERTS}, group, [float(usage[layer][e]) for e in group])
             for name in EXPERTS:
                 merged[name].append(one[name])
-        return {GATE: weights[GATE][torch.tensor(kept)], **{name: torch.stack(rows) for name, rows in merged.items()}}
+        stay = {name: tensor[torch.tensor(kept)] for name, tensor in weights.items() if name not in EXPERTS}
+        return stay | {name: torch.stack(rows) for name, rows in merged.items()}
 
     return reshape_layers(model, selection, reshape)
 

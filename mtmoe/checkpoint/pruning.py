@@ -19,7 +19,7 @@ from mtmoe.checkpoint.config import TransformerConfig
 from mtmoe.checkpoint.expert_scores import LayerKey
 from mtmoe.checkpoint.expert_selection import ExpertSelection
 from mtmoe.checkpoint.stored import StoredModel
-from mtmoe.moe import MoEConfig
+from mtmoe.moe import MoEConfig, MoELayer
 from mtmoe.routing_table import SIDES
 
 GATE = "gate.weight"
@@ -46,6 +46,24 @@ def experts_of(config: TransformerConfig) -> dict[LayerKey, int]:
 def least_of(config: TransformerConfig) -> dict[LayerKey, int]:
     """MoE layer -> the experts that it cannot work without: its top_k."""
     return {(side, layer): config.moe_of(side, layer).top_k for side in SIDES for layer in config.moe_layers(side)}
+
+
+def rows_of_experts(moe: MoEConfig) -> tuple[str, ...]:
+    """Names within a MoE layer of the weights that have a row for each expert: the experts' own and the gate's."""
+    # Asked of the layer, without memory, so that a new gate's weights are known here from the start.
+    with torch.device("meta"):
+        one, more = (
+            MoELayer(replace(unclustered(moe), num_experts=count)).state_dict()
+            for count in (moe.num_experts, moe.num_experts + 1)
+        )
+    return tuple(name for name, tensor in one.items() if tensor.shape != more[name].shape)
+
+
+def unclustered(moe: MoEConfig) -> MoEConfig:
+    """Without clusters of experts and emulated ranks: they matter in training only, and must divide the experts."""
+    return replace(
+        moe, expert_clusters=0, cluster_expert_dropout=0.0, cluster_variance_type=1, gating_dropout_ranks=0
+    )
 
 
 def drop_experts(model: StoredModel, selection: ExpertSelection) -> StoredModel:
@@ -75,18 +93,16 @@ def reshape_layers(model: StoredModel, selection: ExpertSelection, reshape: Resh
     for layer, kept in selection.kept.items():
         if len(kept) == have[layer]:
             continue
-        prefix = "{}.layers.{}.moe.".format(*layer)
+        prefix, names = "{}.layers.{}.moe.".format(*layer), rows_of_experts(model.config.moe_of(*layer))
         tensors |= {
             prefix + name: tensor
-            for name, tensor in reshape(layer, {name: tensors[prefix + name] for name in (GATE, *EXPERTS)}).items()
+            for name, tensor in reshape(layer, {name: tensors[prefix + name] for name in names}).items()
         }
     return replace(model, config=config_of(model.config, selection), tensors=tensors)
 
 
 def config_of(config: TransformerConfig, selection: ExpertSelection) -> TransformerConfig:
-    """The shape of a model after a selection.
-
-    Clusters of experts and emulated ranks, which matter in training only, are gone where a side has lost experts.
+    """The shape of a model after a selection; a side that has lost experts is `unclustered`.
 
     Raises:
         ValueError: a layer is left with fewer experts than its top_k.
@@ -99,10 +115,7 @@ def config_of(config: TransformerConfig, selection: ExpertSelection) -> Transfor
         moe: MoEConfig = getattr(config, f"{side}_moe")
         if min(counts) < moe.top_k:
             raise ValueError(f"a layer of the {side} is left with {min(counts)} experts, fewer than top_k={moe.top_k}")
-        changes[f"{side}_moe"] = replace(
-            moe, num_experts=max(counts), expert_clusters=0, cluster_expert_dropout=0.0, gating_dropout_ranks=0,
-            cluster_variance_type=1,
-        )  # fmt: skip
+        changes[f"{side}_moe"] = replace(unclustered(moe), num_experts=max(counts))
         changes[f"{side}_layer_experts"] = None if len(set(counts)) == 1 else counts
     return replace(config, **changes)
 
@@ -121,7 +134,7 @@ def bytes_of_experts(model: StoredModel) -> dict[LayerKey, int]:
     sizes = {}
     for layer in experts_of(model.config):
         prefix = "{}.layers.{}.moe.".format(*layer)
-        rows = [model.tensors[prefix + name] for name in (GATE, *EXPERTS)]
+        rows = [model.tensors[prefix + name] for name in rows_of_experts(model.config.moe_of(*layer))]
         sizes[layer] = sum(tensor.element_size() * tensor[0].numel() for tensor in rows)
     return sizes
 

@@ -38,7 +38,7 @@ def markdown_report(results: Figures) -> str:
         lines += ["Into English alone, mean chrF++ lost, and the length ratio there:", ""]
         lines += [markdown_table(_english_table(results["curves"])), ""]
     if results.get("footprints"):
-        lines += ["Size of the folder, memory that a process grows by when it loads it, and seconds of loading:", ""]
+        lines += ["Size of the folder, memory that a process grows by with the model, and seconds of loading it:", ""]
         lines += [markdown_table(_footprint_table(results["footprints"])), ""]
     return "\n".join(lines)
 
