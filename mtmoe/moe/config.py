@@ -20,7 +20,8 @@ RATES = (
 CLUSTER_VARIANCE_SCALES = ("mean", "sum")
 
 LATER_FIELDS = (
-    "cosine_gate_dim", "expert_clusters", "cluster_variance_type", "cluster_variance_scale",
+    "cosine_gate_dim", "gate_bias", "eval_capacity",
+    "expert_clusters", "cluster_variance_type", "cluster_variance_scale",
     "cluster_expert_dropout", "cluster_expert_dropout_interval",
 )  # fmt: skip
 """Fields that models saved by earlier versions lack; at its default each leaves a layer as it was without the field."""
@@ -43,6 +44,8 @@ class MoEConfig:
     (MoEC)."""
     cosine_gate_dim: int = 32
     """Width in which the moec gate compares tokens with experts."""
+    gate_bias: bool = False
+    """Give each expert of the topk gate a bias beside its row of weights."""
     activation: str = "relu"
     """Between the two matrices of an expert: relu, gelu or silu."""
     second_expert_policy: str = "all"
@@ -64,6 +67,9 @@ class MoEConfig:
     """As capacity_factor, in evaluation; 0 drops no token."""
     eval_capacity_token_fraction: float = 0.0
     """If above 0, an expert has ceil(fraction x tokens) slots in evaluation instead (NLLB: 1.0, which never drops)."""
+    eval_capacity: int = 0
+    """If above 0, an expert has so many slots in evaluation, however many tokens there are;
+    eval_capacity_token_fraction comes first."""
     dropout: float = 0.0
     """Dropout on an expert's output, before the gate's weight."""
     activation_dropout: float = 0.0
@@ -127,7 +133,9 @@ class MoEConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}")
-        for name in ("capacity_factor", "eval_capacity_factor", "init_scale", "cmr_d_ffn", "expert_clusters"):
+        for name in (
+            "capacity_factor", "eval_capacity_factor", "eval_capacity", "init_scale", "cmr_d_ffn", "expert_clusters",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0.0 <= self.eval_capacity_token_fraction <= 1.0:
@@ -154,6 +162,8 @@ class MoEConfig:
         clusters, rate = self.expert_clusters, self.cluster_expert_dropout
         if self.gate == "moec" and self.top_k != 1:
             raise ValueError(f"gate='moec' sends a token to one expert: set top_k=1 instead of {self.top_k}")
+        if self.gate == "moec" and self.gate_bias:
+            raise ValueError("gate='moec' compares directions, which have no bias: leave gate_bias out")
         if self.cluster_variance_type not in (0, 1, 2):
             raise ValueError(f"cluster_variance_type={self.cluster_variance_type} must be 0, 1 or 2")
         if clusters and self.num_experts % clusters:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference.fairseq_file import fairseq_options, fairseq_state
+from reference.fairseq_file import Hostile, fairseq_options, fairseq_state
 from reference.models import toy_model
 
 from mtmoe.checkpoint.fairseq import read_fairseq_checkpoint, read_model, transformer_config
@@ -126,16 +126,6 @@ def test_flat_options_of_old_checkpoints(vocabulary, tmp_path):
     task = state.pop("cfg")["task"]
     state["args"] = Namespace(**fairseq_options(model), encoder_langtok=task["encoder_langtok"], data=None)
     assert read_model(save(state, tmp_path / "checkpoint.pt"), vocabulary).config == model.config
-
-
-class Hostile:
-    """Runs a shell command when unpickled."""
-
-    def __init__(self, function, *arguments) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,11 @@ SIZES = {"d_model": 4, "d_ffn": 8}
         ({"cmr": True, "cmr_gate_drop": 1.0}, "cmr_gate_drop=1.0 cannot be scaled"),
         ({"gating_dropout_ranks": 3}, "gating_dropout_ranks=3 must divide num_experts=8"),
         ({"gate": "moec"}, "gate='moec' sends a token to one expert: set top_k=1 instead of 2"),
+        ({"eval_capacity": -1}, "eval_capacity=-1 must not be negative"),
+        (
+            {"gate": "moec", "top_k": 1, "normalize_weights": "none", "gate_bias": True},
+            "gate='moec' compares directions, which have no bias",
+        ),
         ({"cosine_gate_dim": 0}, "cosine_gate_dim=0 must be at least 1"),
         ({"expert_clusters": -1}, "expert_clusters=-1 must not be negative"),
         ({"expert_clusters": 3}, "expert_clusters=3 must divide num_experts=8"),

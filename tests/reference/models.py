@@ -8,6 +8,7 @@ import sentencepiece
 import torch
 
 from mtmoe.checkpoint import LanguageSet, StoredModel, TransformerConfig
+from mtmoe.checkpoint.manifest import write_manifest
 from mtmoe.checkpoint.stored import expected_shapes
 from mtmoe.moe import MoEConfig
 
@@ -107,3 +108,20 @@ def toy_model(vocabulary: Path, seed: int = 1, **changes) -> StoredModel:
     config = toy_config(**({"vocabulary_size": rows} | changes))
     languages = LanguageSet(LANGUAGES, DIRECTIONS, "src")
     return StoredModel(config, toy_tensors(config, seed), vocabulary / "dict.txt", vocabulary / "spm.model", languages)
+
+
+def seal(folder: Path) -> None:
+    """Give a changed model folder the checksums of what it holds now."""
+    names = {path.name for path in folder.iterdir()} - {"manifest.json", "README.md"}
+    write_manifest(folder, dict.fromkeys(names, ""))
+
+
+def as_version_1(folder: Path) -> None:
+    """Make a model folder what version 1 would have written."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({"format": "mtmoe", "version": 1, "model": values["model"]}))
+    languages = json.loads((folder / "languages.json").read_text(encoding="utf-8"))
+    del languages["decoder_start"]
+    (folder / "languages.json").write_text(json.dumps(languages))
+    for name in ("manifest.json", "README.md"):
+        (folder / name).unlink()

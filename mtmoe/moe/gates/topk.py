@@ -16,7 +16,7 @@ from mtmoe.moe.routing import RoutingDecision
 
 
 class TopKGate(nn.Module):
-    """Send each token to the `top_k` experts with the highest logits of one linear map without bias.
+    """Send each token to the `top_k` experts with the highest logits of one linear map; it has a bias if `gate_bias`.
 
     Args:
         config: of the layer.
@@ -30,6 +30,7 @@ class TopKGate(nn.Module):
         super().__init__()
         self.config, self.backend = config, backend
         self.weight = nn.Parameter(torch.empty(config.num_experts, width or config.d_model))
+        self.bias = nn.Parameter(torch.zeros(config.num_experts)) if config.gate_bias else None
         nn.init.uniform_(self.weight, -1 / math.sqrt(config.d_model), 1 / math.sqrt(config.d_model))
 
     def forward(self, x: Tensor, real: Tensor | None = None, survivors: Tensor | None = None) -> RoutingDecision:
@@ -71,7 +72,11 @@ class TopKGate(nn.Module):
             if self.training and self.config.jitter > 0:
                 x = x * torch.empty_like(x).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
             weight = self.weight.to(x.dtype)
-            return self.scores(x, weight if survivors is None else weight[survivors])
+            logits = self.scores(x, weight if survivors is None else weight[survivors])
+            if self.bias is not None:
+                bias = self.bias.to(x.dtype)
+                logits = logits + (bias if survivors is None else bias[survivors])
+            return logits
 
     def scores(self, x: Tensor, weight: Tensor) -> Tensor:
         """Compare tokens with rows of weights: (tokens, d_model), (experts, width) -> (tokens, experts)."""
