@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mtmoe import languages
-from mtmoe.checkpoint.inspection import describe, history_lines, size_text
+from mtmoe.checkpoint.inspection import counts_text, describe, history_lines, size_text
 from mtmoe.checkpoint.stored import StoredModel, read_json
 from mtmoe.errors import CheckpointError, UnknownLanguage
 
@@ -96,7 +96,8 @@ def _front_matter(model: StoredModel) -> list[str]:
 
 def _summary(about: Mapping[str, Any]) -> str:
     experts = ", ".join(
-        f"{side['experts']} experts (top-{side['top_k']}) in {side['moe_layers']} of {side['layers']} {name} layers"
+        f"{counts_text(side['layer_experts'])} experts (top-{side['top_k']}) in {side['moe_layers']} of {side['layers']} "
+        f"{name} layers"
         for name, side in (("encoder", about["encoder"]), ("decoder", about["decoder"]))
         if side["moe_layers"]
     )

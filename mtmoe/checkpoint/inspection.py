@@ -102,6 +102,7 @@ def _side(model: StoredModel, side: str) -> dict[str, Any]:
         "d_ffn": getattr(config, f"{side}_d_ffn"),
         "moe_layers": len(_moe_layers(config, side)),
         "experts": 0 if moe is None else moe.num_experts,
+        "layer_experts": [config.moe_of(side, layer).num_experts for layer in config.moe_layers(side)],
         "top_k": 0 if moe is None else moe.top_k,
         "gate": None if moe is None else moe.gate,
         "expert_d_ffn": 0 if moe is None else moe.d_ffn,
@@ -113,10 +114,16 @@ def _side_text(side: Mapping[str, Any]) -> str:
     text = f"{side['layers']} layers, {side['heads']} heads, feed-forward {side['d_ffn']}"
     if side["moe_layers"]:
         text += (
-            f"; {side['moe_layers']} with {side['experts']} experts of {side['expert_d_ffn']}, top-{side['top_k']}"
+            f"; {side['moe_layers']} with {counts_text(side['layer_experts'])} experts of {side['expert_d_ffn']}, "
+            f"top-{side['top_k']}"
             + (", CMR" if side["cmr"] else "")
         )
     return text
+
+
+def counts_text(experts: Sequence[int]) -> str:
+    """One number where all layers have it, else that of each layer."""
+    return str(experts[0]) if len(set(experts)) == 1 else ", ".join(map(str, experts))
 
 
 def _moe_layers(config: TransformerConfig, side: str) -> list[int]:

@@ -10,6 +10,7 @@ alignment); Ainsworth et al. 2022 (Git Re-Basin: alignment by weights).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from torch.nn import functional as F
 
 from mtmoe.checkpoint.expert_scores import LayerKey, Scores
 from mtmoe.checkpoint.expert_selection import ExpertSelection
-from mtmoe.checkpoint.pruning import EXPERTS, GATE, reshape_layers
+from mtmoe.checkpoint.pruning import EXPERTS, GATE, prefix_of, reshape_layers
 from mtmoe.checkpoint.stored import StoredModel
+from mtmoe.checkpoint.tensors import rows_of
 
 W_IN, B_IN, W_OUT, B_OUT = EXPERTS
 
@@ -38,19 +40,27 @@ def merge_experts(model: StoredModel, selection: ExpertSelection, usage: Scores)
         ValueError: the selection is of a model of another shape, or leaves a layer fewer experts than its top_k.
     """
 
-    def reshape(layer: LayerKey, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        kept, removed = selection.kept[layer], selection.removed(layer)
-        nearest = nearest_kept(weights[GATE], kept, removed)
-        merged: dict[str, list[Tensor]] = {name: [] for name in EXPERTS}
-        for place, expert in enumerate(kept):
-            group = [expert, *(other for other, home in zip(removed, nearest, strict=True) if home == place)]
-            one = average({name: weights[name] for name in EXPERTS}, group, [float(usage[layer][e]) for e in group])
-            for name in EXPERTS:
-                merged[name].append(one[name])
-        stay = {name: tensor[torch.tensor(kept)] for name, tensor in weights.items() if name not in EXPERTS}
-        return stay | {name: torch.stack(rows) for name, rows in merged.items()}
+    @cache
+    def nearest(layer: LayerKey) -> list[int]:
+        gate = model.tensors[prefix_of(layer) + GATE]
+        return nearest_kept(gate, selection.kept[layer], selection.removed(layer))
 
-    return reshape_layers(model, selection, reshape)
+    @lru_cache(maxsize=1)  # the rows of one weight are asked for together, and each needs the layer's other weights
+    def merged(layer: LayerKey) -> dict[str, Tensor]:
+        weights = {name: model.tensors[prefix_of(layer) + name] for name in EXPERTS}
+        groups = [[expert] for expert in selection.kept[layer]]
+        for expert, place in zip(selection.removed(layer), nearest(layer), strict=True):
+            groups[place].append(expert)
+        averages = [average(weights, group, [float(usage[layer][one]) for one in group]) for group in groups]
+        return {name: torch.stack([one[name] for one in averages]) for name in EXPERTS}
+
+    def rows(layer: LayerKey, name: str, begin: int, end: int) -> Tensor:
+        if name in EXPERTS:
+            return merged(layer)[name][begin:end]
+        whole = prefix_of(layer) + name
+        return torch.cat([rows_of(model.tensors, whole, old, old + 1) for old in selection.kept[layer][begin:end]])
+
+    return reshape_layers(model, selection, rows)
 
 
 def nearest_kept(gate: Tensor, kept: tuple[int, ...], removed: tuple[int, ...]) -> list[int]:

@@ -8,8 +8,9 @@ Source: Koishekenov et al. 2023.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from mtmoe.checkpoint.config import TransformerConfig
 from mtmoe.checkpoint.expert_scores import LayerKey
 from mtmoe.checkpoint.expert_selection import ExpertSelection
 from mtmoe.checkpoint.stored import StoredModel
+from mtmoe.checkpoint.tensors import ComputedTensors, Recipe, count_of, dtype_of, rows_of, shape_of
 from mtmoe.moe import MoEConfig, MoELayer
 from mtmoe.routing_table import SIDES
 
@@ -32,8 +34,8 @@ BESIDE, BESIDE_EACH = 32_768, 200
 """Bytes reckoned for the JSON and the model card of a folder, and for each weight's entry in the header of its file;
 both are more than they take."""
 
-Reshape = Callable[[LayerKey, Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""reshape(layer, weights of the layer that have a row for each expert) -> the same with only the rows that stay."""
+Rows = Callable[[LayerKey, str, int, int], Tensor]
+"""rows(layer, name in the layer, begin, end) -> these rows of a weight that has a row for each expert that stays."""
 
 
 def experts_of(config: TransformerConfig) -> dict[LayerKey, int]:
@@ -77,28 +79,41 @@ def drop_experts(model: StoredModel, selection: ExpertSelection) -> StoredModel:
         ValueError: the selection is of a model of another shape, or leaves a layer fewer experts than its top_k.
     """
 
-    def reshape(layer: LayerKey, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        index = torch.tensor(selection.kept[layer])
-        return {name: tensor[index] for name, tensor in weights.items()}
+    def rows(layer: LayerKey, name: str, begin: int, end: int) -> Tensor:
+        whole = prefix_of(layer) + name
+        return torch.cat([rows_of(model.tensors, whole, old, old + 1) for old in selection.kept[layer][begin:end]])
 
-    return reshape_layers(model, selection, reshape)
+    return reshape_layers(model, selection, rows)
 
 
-def reshape_layers(model: StoredModel, selection: ExpertSelection, reshape: Reshape) -> StoredModel:
-    """Rebuild the layers that a selection takes experts from; see `drop_experts`."""
+def prefix_of(layer: LayerKey) -> str:
+    """What stands before the names of a MoE layer's weights."""
+    return "{}.layers.{}.moe.".format(*layer)
+
+
+def reshape_layers(model: StoredModel, selection: ExpertSelection, rows: Rows) -> StoredModel:
+    """Rebuild the layers that a selection takes experts from; see `drop_experts`.
+
+    The new weights are computed when they are asked for, so that a model need not fit into memory.
+    """
     have = experts_of(model.config)
     if have != dict(selection.num_experts):
         raise ValueError("the selection is of a model with other MoE layers, or other numbers of experts")
-    tensors = dict(model.tensors)
+    if selection.is_all:
+        return model
+    tensors = model.tensors
+    recipes = {
+        name: Recipe(shape_of(tensors, name), dtype_of(tensors, name), partial(rows_of, tensors, name))
+        for name in tensors
+    }
     for layer, kept in selection.kept.items():
         if len(kept) == have[layer]:
             continue
-        prefix, names = "{}.layers.{}.moe.".format(*layer), rows_of_experts(model.config.moe_of(*layer))
-        tensors |= {
-            prefix + name: tensor
-            for name, tensor in reshape(layer, {name: tensors[prefix + name] for name in names}).items()
-        }
-    return replace(model, config=config_of(model.config, selection), tensors=tensors)
+        for name in rows_of_experts(model.config.moe_of(*layer)):
+            whole = prefix_of(layer) + name
+            shape = (len(kept), *shape_of(tensors, whole)[1:])
+            recipes[whole] = Recipe(shape, dtype_of(tensors, whole), partial(rows, layer, name))
+    return replace(model, config=config_of(model.config, selection), tensors=ComputedTensors(recipes))
 
 
 def config_of(config: TransformerConfig, selection: ExpertSelection) -> TransformerConfig:
@@ -133,13 +148,16 @@ def bytes_of_experts(model: StoredModel) -> dict[LayerKey, int]:
     """MoE layer -> bytes that each of its experts takes, its row of the gate included."""
     sizes = {}
     for layer in experts_of(model.config):
-        prefix = "{}.layers.{}.moe.".format(*layer)
-        rows = [model.tensors[prefix + name] for name in rows_of_experts(model.config.moe_of(*layer))]
-        sizes[layer] = sum(tensor.element_size() * tensor[0].numel() for tensor in rows)
+        names = [prefix_of(layer) + name for name in rows_of_experts(model.config.moe_of(*layer))]
+        sizes[layer] = sum(_bytes(model, name) // shape_of(model.tensors, name)[0] for name in names)
     return sizes
 
 
 def bytes_of_model(model: StoredModel) -> int:
     """Bytes that a folder of this model takes at most, some KiB of JSON reckoned on the safe side."""
-    weights = sum(BESIDE_EACH + tensor.element_size() * tensor.numel() for tensor in model.tensors.values())
+    weights = sum(BESIDE_EACH + _bytes(model, name) for name in model.tensors)
     return BESIDE + weights + model.dictionary.stat().st_size + model.sentencepiece.stat().st_size
+
+
+def _bytes(model: StoredModel, name: str) -> int:
+    return dtype_of(model.tensors, name).itemsize * count_of(model.tensors, name)

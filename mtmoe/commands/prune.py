@@ -141,9 +141,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("dry run: nothing was written")
         return 0
-    smaller = pruner.build(selection)
+    smaller = pruner.build(selection).after("pruned", **_history(args, selection, scope))
     if args.recover:
-        smaller = _recover(args, model, smaller, scope)
+        smaller = _recover(args, model, smaller, scope).after("recovered", updates=args.recover)
     write_folder(args.output, smaller)
     size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
     print(f"wrote {args.output}: {size / 1e6:,.1f} MB")
@@ -418,6 +418,14 @@ def ranges(numbers: tuple[int, ...]) -> str:
         else:
             runs.append([number])
     return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def _history(args: argparse.Namespace, selection: ExpertSelection, scope: Scope) -> dict[str, Any]:
+    """What a model folder says about how it was pruned."""
+    chosen = {name: getattr(args, name) for name in ("metric", "selection", "method")}
+    whom = {} if scope.kind == "global" else {"sources": list(scope.sources), "targets": list(scope.targets)}
+    kept = {"kept": selection.total, "of": sum(selection.num_experts.values())}
+    return kept | chosen | {"scope": scope.kind} | whom
 
 
 def _report(args: argparse.Namespace, selection: ExpertSelection, figures: Mapping[str, Any]) -> dict[str, Any]:

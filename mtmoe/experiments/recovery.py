@@ -42,8 +42,14 @@ def recover_stored(
         The fine-tuned model, in the number types of `smaller`.
 
     Raises:
-        DataError: the data has another dictionary, or no training text.
+        DataError: the data has another dictionary, or no training text, or the model begins translations in a way that
+            prepared data has not.
     """
+    if smaller.languages.decoder_start != "tag":
+        raise DataError(
+            f"the decoder of this model starts with {smaller.languages.decoder_start!r}, but prepared data is for "
+            "models of mtmoe's own training; recover it where it was trained"
+        )
     if (data / "dict.txt").read_bytes() != smaller.dictionary.read_bytes():
         raise DataError(f"{data / 'dict.txt'} is not the model's dictionary: the text has other numbers of pieces")
     student, teacher = (Translator.from_stored(model, device=device) for model in (smaller, parent))

@@ -67,6 +67,8 @@ def test_keep_a_share_for_two_languages(prune, model, tmp_path):
     assert "8 of 16 experts stay (50.0 %)" in out
     pruned, full = read_folder(tmp_path / "out"), read_folder(model)
     assert set(experts_of(pruned.config).values()) == {4}
+    assert pruned.history[-1].items() >= {"operation": "pruned", "kept": 8, "of": 16, "metric": "importance",
+                                          "scope": "language", "sources": ["de", "en"]}.items()  # fmt: skip
     assert pruned.languages.directions == ("de-en", "en-de")
     report = json.loads((tmp_path / "report.json").read_text())
     for layer in report["layers"]:
@@ -143,6 +145,7 @@ def test_recovery_changes_the_weights_of_the_smaller_model(prune, model, tmp_pat
     name = "decoder.layers.1.moe.experts.w_in"
     assert after.tensors[name].shape == before.tensors[name].shape
     assert not torch.equal(after.tensors[name], before.tensors[name])
+    assert [entry["operation"] for entry in after.history] == ["pruned", "recovered"]
 
 
 def test_refusals(prune, model, data, tmp_path):

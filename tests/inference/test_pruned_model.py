@@ -1,6 +1,7 @@
 """A pruned folder against the full model whose gates may not choose the removed experts."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from reference.models import toy_config, toy_model
 
 from mtmoe.checkpoint import TransformerConfig
 from mtmoe.checkpoint.expert_selection import ExpertSelection
+from mtmoe.checkpoint.fairseq_export import write_fairseq_checkpoint
 from mtmoe.checkpoint.folder import read_folder, write_folder
 from mtmoe.checkpoint.pruning import (
     bytes_of_experts,
@@ -19,6 +21,7 @@ from mtmoe.checkpoint.pruning import (
     for_directions,
 )
 from mtmoe.checkpoint.pruning_search import bytes_removed
+from mtmoe.checkpoint.tensors import ComputedTensors, Recipe
 from mtmoe.errors import CheckpointError
 from mtmoe.inference.model import Transformer
 from mtmoe.moe import MoEConfig
@@ -33,6 +36,7 @@ def experts(**changes):
 GATES = {
     "cmr": experts(cmr=True, eom=0.2),
     "top-1": experts(top_k=1, normalize_weights="none"),
+    "bias": experts(gate_bias=True),
     "before drop": experts(normalize_weights="before_drop", expert_clusters=5),
     "threshold": experts(top_k=3, second_expert_policy="threshold", second_expert_threshold=0.3),
     "moec": experts(
@@ -113,12 +117,41 @@ def test_the_folder_is_smaller_on_disk_by_what_went(vocabulary, tmp_path):
     assert abs(sizes["full"] - sizes["pruned"] - gone) < 500
 
 
+def test_threshold_pruned_folder_tells_its_experts_and_is_no_fairseq_checkpoint(vocabulary, tmp_path):
+    stored = toy_model(vocabulary, encoder_moe=experts(), encoder_moe_freq=1)
+    selection = ExpertSelection({("encoder", 0): (0, 1, 3, 4), ("encoder", 1): (1, 2)}, experts_of(stored.config))
+    write_folder(tmp_path / "model", drop_experts(stored, selection))
+    assert "4, 2 experts" in (tmp_path / "model" / "README.md").read_text()
+    with pytest.raises(CheckpointError, match="here layers have different ones"):
+        write_fairseq_checkpoint(tmp_path / "model.pt", read_folder(tmp_path / "model"))
+
+
+def test_weights_are_read_when_asked_for(vocabulary):
+    """Of a lazy model only the rows that stay are read, and only once they are wanted."""
+    stored = toy_model(vocabulary, encoder_moe=experts(), encoder_moe_freq=1)
+    asked = []
+
+    def recipe(name):
+        def rows(begin, end):
+            asked.append((name, begin, end))
+            return stored.tensors[name][begin:end]
+
+        return Recipe(tuple(stored.tensors[name].shape), torch.float32, rows)
+
+    lazy = replace(stored, tensors=ComputedTensors({name: recipe(name) for name in stored.tensors}))
+    selection = ExpertSelection({("encoder", 0): (0, 3), ("encoder", 1): (0, 1, 2, 3, 4)}, experts_of(stored.config))
+    pruned = drop_experts(lazy, selection)
+    assert bytes_of_model(lazy) - bytes_of_model(pruned) == bytes_removed(selection, bytes_of_experts(lazy))
+    assert not asked
+    name = "encoder.layers.0.moe.experts.w_in"
+    assert torch.equal(pruned.tensors[name], stored.tensors[name][[0, 3]])
+    assert asked == [(name, 0, 1), (name, 3, 4)]
+
+
 @pytest.mark.parametrize("name", GATES)
 def test_keeping_all_is_the_identity(vocabulary, name):
     stored = toy_model(vocabulary, encoder_moe=GATES[name], encoder_moe_freq=1)
-    same = drop_experts(stored, everything(stored.config))
-    assert same.config == stored.config
-    assert all(same.tensors[key] is tensor for key, tensor in stored.tensors.items())
+    assert drop_experts(stored, everything(stored.config)) is stored
 
 
 def test_pruning_twice_is_pruning_once(vocabulary):
