@@ -96,8 +96,8 @@ def _front_matter(model: StoredModel) -> list[str]:
 
 def _summary(about: Mapping[str, Any]) -> str:
     experts = ", ".join(
-        f"{counts_text(side['layer_experts'])} experts (top-{side['top_k']}) in {side['moe_layers']} of {side['layers']} "
-        f"{name} layers"
+        f"{counts_text(side['layer_experts'])} experts (top-{side['top_k']}) in {side['moe_layers']} of "
+        f"{side['layers']} {name} layers"
         for name, side in (("encoder", about["encoder"]), ("decoder", about["decoder"]))
         if side["moe_layers"]
     )
