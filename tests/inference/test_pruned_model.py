@@ -73,7 +73,7 @@ def forbid(model, selection):
         mask = torch.full((selection.num_experts[side, number],), -math.inf)
         mask[list(kept)] = 0.0
         logits = gate.logits
-        gate.logits = lambda x, survivors=None, logits=logits, mask=mask: logits(x, survivors) + mask
+        gate.logits = lambda x, survivors=None, keys=None, logits=logits, mask=mask: logits(x, survivors, keys) + mask
 
 
 def batch(config, seed=0):
