@@ -63,7 +63,8 @@ def test_two_processes_that_share_experts_train_as_one_which_goes_on_from_their_
         "experts-00000-of-00002.pt", "experts-00001-of-00002.pt", "manifest.json", "shared.pt",
     ]  # fmt: skip
     close(train(1, "two", *options, UPDATES, *alone), one, range(4, UPDATES + 1))
-    assert [path.name for path in last.parent.iterdir()] == ["checkpoint_last.pt"]
+    # The directories are gone with their names. The rest of the epoch, dealt out anew, may end with the last update.
+    assert {path.name for path in last.parent.iterdir()} <= {"checkpoint_last.pt", "checkpoint_best.pt"}
     expected, actual = (read_fairseq_checkpoint(path).tensors for path in (tmp_path / "one" / last.name, last))
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
