@@ -8,13 +8,14 @@ BENCH = OMP_NUM_THREADS=$(THREADS) $(BENCH_VENV)/bin/python -m
 BENCH_STAMP := $(BENCH_VENV)/.installed
 THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help setup demo test test-fast lint bench bench-setup bench-gpu bench-step bench-training clean
+.PHONY: help setup demo test test-fast lint test-huggingface bench bench-setup bench-gpu bench-step bench-training clean
 
 help:
 	@echo "make setup      install mtmoe with everything it needs into $(VENV)"
 	@echo "make demo       fetch real data, train, evaluate and translate (20 to 30 minutes on 2 cores)"
 	@echo "make test       linters and all tests, with coverage (under 20 minutes on 2 cores)"
 	@echo "make test-fast  the tests that take seconds"
+	@echo "make test-huggingface    conversions against transformers 4.57, in $(BENCH_VENV)"
 	@echo "make lint       ruff, mypy and the import contracts"
 	@echo "make bench      time the MoE layer against its peers, in $(BENCH_VENV) (10 minutes on 2 cores)"
 	@echo "make bench-step, make bench-training, make bench-gpu    whole steps, fairseq-train end to end, the layer on a GPU"
@@ -44,6 +45,9 @@ test: lint
 
 test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet --numprocesses=$(THREADS) --dist=loadfile -m "not slow"
+
+test-huggingface: bench-setup
+	OMP_NUM_THREADS=1 $(BENCH_VENV)/bin/python -m pytest --quiet tests/checkpoint/test_huggingface.py
 
 # The peers have an environment of their own: their dependencies are no business of mtmoe's. DeepSpeed's setup imports
 # torch, so it cannot be built in isolation; its compiled operators are not needed on a CPU.

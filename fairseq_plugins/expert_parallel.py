@@ -21,6 +21,9 @@ from mtmoe.parallel import EXPERT_GRADIENT_SCALES, ExpertParallel, Layout, Traff
 
 logger = logging.getLogger(__name__)
 
+EXCHANGE_DTYPES = {"compute": None, "bfloat16": torch.bfloat16}
+"""Value of --exchange-dtype -> what `ExpertParallel` calls the payload."""
+
 
 @dataclass
 class ExpertParallelOptions(FairseqDataclass):
@@ -42,6 +45,24 @@ class ExpertParallelOptions(FairseqDataclass):
             "help": "sum routing losses over all processes and key the random choices of MoE layers by sentence and "
             "position, so that any number of processes trains alike; always with --expert-parallel-size above 1"
         },
+    )
+    hierarchical_exchange: bool = field(
+        default=False,
+        metadata={
+            "help": "send rows to experts in two steps, between hosts and then inside one, so that each crosses "
+            "once to a host; hosts need equally many processes"
+        },
+    )
+    exchange_dtype: ChoiceEnum(list(EXCHANGE_DTYPES)) = field(  # type: ignore[valid-type]
+        default="compute",
+        metadata={
+            "help": "type that rows and their gradients travel to experts and back in: compute, that of the matrix "
+            "products; bfloat16, rounded to it"
+        },
+    )
+    overlap_exchange: bool = field(
+        default=False,
+        metadata={"help": "with --cmr, run the shared network while rows travel to experts and back; same numbers"},
     )
     zero_sharding: str = II("distributed_training.zero_sharding")
     store_ema: bool = II("ema.store_ema")  # type: ignore[assignment]
@@ -98,7 +119,10 @@ def start(cfg: Any) -> ExpertParallel | None:
         "%d processes on %d hosts: experts are shared out over %d, and %d hold the same",
         world, len(set(hosts)), layout.expert_parallel_size, layout.data_parallel_size,
     )  # fmt: skip
-    return ExpertParallel(build_groups(layout))
+    if cfg.hierarchical_exchange and layout.nodes == 1:
+        logger.info("the processes that share out experts are on one host: --hierarchical-exchange changes nothing")
+    groups = build_groups(layout, hierarchical=cfg.hierarchical_exchange)
+    return ExpertParallel(groups, EXCHANGE_DTYPES[str(cfg.exchange_dtype)], cfg.overlap_exchange)
 
 
 def check(cfg: Any) -> None:

@@ -21,8 +21,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("mtmoe.commands.evaluate", "decode every direction and write chrF++ and BLEU reports"),
     "compare": ("mtmoe.commands.compare", "put two evaluations side by side, with paired significance"),
     "translate": ("mtmoe.commands.translate", "translate text from arguments, a file or standard input"),
-    "convert": ("mtmoe.commands.convert", "turn a fairseq checkpoint into a portable model folder"),
+    "convert": ("mtmoe.commands.convert", "turn checkpoints into portable model folders, from and to Hugging Face"),
     "reshard": ("mtmoe.commands.reshard", "lay a training checkpoint out for another number of processes"),
+    "inspect": ("mtmoe.commands.inspect", "show a model's size, layers, experts, languages, history and figures"),
+    "average": ("mtmoe.commands.average", "average the weights of several checkpoints or model folders"),
     "routing": ("mtmoe.commands.routing", "count which experts each direction's tokens choose, by layer"),
     "plugin-dir": ("mtmoe.commands.plugin_dir", "print the folder to give to fairseq as --user-dir"),
 }

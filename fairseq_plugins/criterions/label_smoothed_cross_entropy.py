@@ -17,7 +17,10 @@ from mtmoe.errors import ConfigError
 from mtmoe.moe.losses import cmr_budget_loss
 from mtmoe.training.cross_entropy import label_smoothed_cross_entropy, label_smoothed_cross_entropy_from_logits
 
-AUXILIARY = ("load_balance_loss", "router_z_loss", "cluster_variance_loss", "cmr_loss")
+AUXILIARY = (
+    "load_balance_loss", "node_balance_loss", "inner_balance_loss", "router_z_loss", "cluster_variance_loss",
+    "cmr_loss",
+)  # fmt: skip
 """Auxiliary losses, under the names that they are logged and weighted by."""
 
 
@@ -28,6 +31,13 @@ class MtmoeCriterionConfig(FairseqDataclass):
     label_smoothing: float = field(default=0.0, metadata={"help": "epsilon of label smoothing, 0 = none"})
     load_balance_loss_weight: float = field(
         default=0.01, metadata={"help": "weight of the load balance loss, summed over layers, for each target token"}
+    )
+    node_balance_loss_weight: float = field(
+        default=0.005, metadata={"help": "weight of the bilevel gate's balance over nodes, as load_balance_loss_weight"}
+    )
+    inner_balance_loss_weight: float = field(
+        default=0.005,
+        metadata={"help": "weight of the bilevel gate's balance inside nodes, as load_balance_loss_weight"},
     )
     router_z_loss_weight: float = field(
         default=0.0, metadata={"help": "weight of the router z-loss, summed over layers, for each target token"}
@@ -52,6 +62,7 @@ class MtmoeCriterionConfig(FairseqDataclass):
 class MtmoeLabelSmoothedCrossEntropy(FairseqCriterion):
     """``LS-NLL + tokens * (w_lb * load balance + w_z * router z + w_cv * cluster variance + w_cmr * budget loss)``.
 
+    Under the bilevel gate two load balance losses, over nodes and inside them, take the place of the one.
     A model says what its routing did in ``net_output[1]["routing"]``: (layer name, `mtmoe.moe.MoEOutput`) pairs; a
     dense one has none, and its loss and logs are those of fairseq's ``label_smoothed_cross_entropy``. In validation the
     auxiliary losses are logged but not added, so that losses of different models compare.
@@ -62,6 +73,8 @@ class MtmoeLabelSmoothedCrossEntropy(FairseqCriterion):
         task: Any,
         label_smoothing: float,
         load_balance_loss_weight: float,
+        node_balance_loss_weight: float,
+        inner_balance_loss_weight: float,
         router_z_loss_weight: float,
         cluster_variance_loss_weight: float,
         cmr_loss_weight: float,
@@ -70,7 +83,10 @@ class MtmoeLabelSmoothedCrossEntropy(FairseqCriterion):
     ) -> None:
         super().__init__(task)
         self.label_smoothing, self.sentence_avg, self.cmr_budget = label_smoothing, sentence_avg, cmr_budget
-        weights = (load_balance_loss_weight, router_z_loss_weight, cluster_variance_loss_weight, cmr_loss_weight)
+        weights = (
+            load_balance_loss_weight, node_balance_loss_weight, inner_balance_loss_weight, router_z_loss_weight,
+            cluster_variance_loss_weight, cmr_loss_weight,
+        )  # fmt: skip
         self.weights = dict(zip(AUXILIARY, weights, strict=True))
         self.collect_routing = True
         """Whether the next forward pass gathers entropy and load by layer; the task sets it where they are shown."""
@@ -127,7 +143,7 @@ class MtmoeLabelSmoothedCrossEntropy(FairseqCriterion):
             ConfigError: the cluster variance is weighted, but experts have no clusters.
         """
         losses = {}
-        for key in ("load_balance", "router_z", "cluster_variance"):
+        for key in ("load_balance", "node_balance", "inner_balance", "router_z", "cluster_variance"):
             values = [output.losses[key] for _, output in routing if key in output.losses]
             if values:
                 losses[f"{key}_loss"] = torch.stack(values).sum()

@@ -235,7 +235,8 @@ class TrainingEpochs(EpochBatchIterating):
         The epoch is drawn as it was, so data, seed, limits of a batch and block have to be the same as then.
         """
         self.epoch = state_dict["epoch"]
-        self.progress.restore(state_dict["progress"])
+        if "progress" in state_dict:  # a checkpoint made from a model folder has no training behind it
+            self.progress.restore(state_dict["progress"])
         if isinstance(self.schedule, AutoCurriculum) and "curriculum" in state_dict:
             self.schedule.load_state_dict(state_dict["curriculum"])
         self._seen |= {name: count for name, count in state_dict.get("seen", {}).items() if name in self._seen}

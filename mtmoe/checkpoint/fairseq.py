@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtmoe.checkpoint.card import read_data
 from mtmoe.checkpoint.config import TransformerConfig
 from mtmoe.checkpoint.sharded import SHARED, check_files, is_sharded, read_experts, read_manifest
 from mtmoe.checkpoint.stored import LanguageSet, StoredModel, check_tensors, read_json
@@ -54,6 +55,8 @@ class FairseqCheckpoint:
     """Options of the task."""
     tensors: dict[str, Tensor]
     """The state of the model, mapped from the file: read when touched."""
+    updates: int | None = None
+    """Updates of training behind it, where it tells."""
 
 
 class _Inert:
@@ -133,7 +136,11 @@ def read_model(path: Path, data: Path | None = None) -> StoredModel:
     where = folder / "languages.json"
     languages = LanguageSet.from_json(read_json(where), encoder_langtok=side, where=where)
     tensors = untie(checkpoint, config)
-    return StoredModel(config, tensors, folder / "dict.txt", folder / "spm.model", languages)
+    model = StoredModel(
+        config, tensors, folder / "dict.txt", folder / "spm.model", languages, data=read_data(folder)
+    )
+    trained = {} if checkpoint.updates is None else {"updates": checkpoint.updates}
+    return model.after("converted", source=f"fairseq checkpoint {path.name}", **trained)
 
 
 def transformer_config(checkpoint: FairseqCheckpoint) -> TransformerConfig:
@@ -304,7 +311,14 @@ def _plain_checkpoint(path: Path, state: Any) -> FairseqCheckpoint:
     if not isinstance(model, dict) or not isinstance(task, dict):
         raise CheckpointError(f"{path} holds neither 'cfg' nor 'args': it is no fairseq checkpoint")
     tensors = {str(name): value for name, value in state["model"].items() if isinstance(value, Tensor)}
-    return FairseqCheckpoint(path, _flat(model), task, tensors)
+    return FairseqCheckpoint(path, _flat(model), task, tensors, _updates(state))
+
+
+def _updates(state: Mapping[str, Any]) -> int | None:
+    history = state.get("optimizer_history")
+    last = history[-1] if isinstance(history, list) and history else None
+    updates = last.get("num_updates") if isinstance(last, Mapping) else None
+    return updates if isinstance(updates, int) else None
 
 
 def _flat(model: dict[str, Any]) -> dict[str, Any]:

@@ -36,15 +36,18 @@ def locate_model(path: Path) -> Path:
     )
 
 
-def open_model(path: Path, data: Path | None = None) -> StoredModel:
+def open_model(path: Path, data: Path | None = None, *, verify: bool | None = None) -> StoredModel:
     """Read a model of any format.
 
     Args:
         path: as `locate_model` takes it.
         data: folder of prepared data, for a checkpoint that lies apart from it.
+        verify: compare a folder's weights with their checksums; see `mtmoe.checkpoint.folder.read_folder`.
 
     Raises:
         CheckpointError: nothing there, damaged, unsafe or unsupported.
     """
     found = locate_model(path)
-    return folder.read_folder(found) if folder.is_model_folder(found) else fairseq.read_model(found, data)
+    if folder.is_model_folder(found):
+        return folder.read_folder(found, verify=verify)
+    return fairseq.read_model(found, data)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mtmoe import __version__
 from mtmoe.checkpoint.config import TransformerConfig
+from mtmoe.checkpoint.tensors import dtype_of, shape_of
 from mtmoe.errors import CheckpointError
 from mtmoe.moe import MoELayer
 
 LANGUAGE_TAG_SIDES = ("src", "tgt")
+DECODER_STARTS = ("tag", "eos_tag")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,12 @@ class LanguageSet:
     directions: tuple[str, ...]
     """Trained or evaluated directions, as "en-de"."""
     encoder_langtok: str
-    """Whose tag stands before the source: "src" or "tgt". The decoder always starts from the target's."""
+    """Whose tag stands before the source: "src" or "tgt"."""
+    decoder_start: str = "tag"
+    """What the decoder begins with: "tag", the target's, as in mtmoe's training; "eos_tag", the end symbol and then the
+    target's tag, as in NLLB and M2M-100."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Code -> its tag in the dictionary, where that is not ``__code__``."""
 
     def __post_init__(self) -> None:
         if not self.languages:
@@ -36,10 +44,19 @@ class LanguageSet:
             raise ValueError(
                 f"encoder_langtok={self.encoder_langtok!r} must be one of: {', '.join(LANGUAGE_TAG_SIDES)}"
             )
+        if self.decoder_start not in DECODER_STARTS:
+            raise ValueError(f"decoder_start={self.decoder_start!r} must be one of: {', '.join(DECODER_STARTS)}")
+        strangers = sorted(self.tags.keys() - set(self.languages))
+        if strangers:
+            raise ValueError(f"tags names {', '.join(strangers)}, not among: {', '.join(self.languages)}")
         known = set(self.languages)
         for direction in self.directions:
             if not known.issuperset(direction.split("-")) or direction.count("-") != 1:
                 raise ValueError(f"direction {direction!r} must join two of: {', '.join(self.languages)}")
+
+    def tag(self, language: str) -> str:
+        """The piece that stands for a language."""
+        return self.tags.get(language, f"__{language}__")
 
     @classmethod
     def from_json(cls, values: Any, *, encoder_langtok: str | None = None, where: Path) -> LanguageSet:
@@ -63,8 +80,11 @@ class LanguageSet:
         for name, value in (("languages", languages), ("directions", directions)):
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                 raise CheckpointError(f"{where}: {name} must be a list of strings, not {value!r}")
+        start, tags = values.get("decoder_start", "tag"), values.get("tags", {})
+        if not isinstance(tags, dict) or not all(isinstance(item, str) for item in tags.values()):
+            raise CheckpointError(f"{where}: tags must be an object of strings, not {tags!r}")
         try:
-            return cls(tuple(languages), tuple(directions), side)
+            return cls(tuple(languages), tuple(directions), side, start, tags)
         except ValueError as error:
             raise CheckpointError(f"{where}: {error}") from error
 
@@ -74,6 +94,8 @@ class LanguageSet:
             "languages": list(self.languages),
             "directions": list(self.directions),
             "encoder_langtok": self.encoder_langtok,
+            "decoder_start": self.decoder_start,
+            **({"tags": dict(self.tags)} if self.tags else {}),
         }
 
 
@@ -83,12 +105,30 @@ class StoredModel:
 
     config: TransformerConfig
     tensors: Mapping[str, Tensor]
-    """fairseq's names; tied copies and buffers are left out, see `expected_shapes`."""
+    """fairseq's names; tied copies and buffers are left out, see `expected_shapes`. May be a
+    `mtmoe.checkpoint.tensors.LazyTensors`, which reads or computes a weight when it is asked for."""
     dictionary: Path
     """dict.txt: a piece and its count in each line, in the order of the embedding's rows."""
     sentencepiece: Path
     """spm.model."""
     languages: LanguageSet
+    history: tuple[Mapping[str, Any], ...] = ()
+    """What was done to the model, oldest first: each has ``operation`` and what else tells about it."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What it was trained on, as far as known: recipe, source, licence, attribution, fingerprint, train_pairs."""
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    """How it translates: ``mean_chrf++``, ``mean_bleu``, and both under ``directions`` for each; see
+    `mtmoe.checkpoint.card.read_figures`."""
+
+    def after(self, operation: str, **details: Any) -> StoredModel:
+        """The model with one more line of history, and without figures: they were measured before.
+
+        Args:
+            operation: what has been done, as "averaged" or "pruned".
+            details: plain values that tell how.
+        """
+        entry = {"operation": operation, **details, "mtmoe": __version__}
+        return replace(self, history=(*self.history, entry), figures={})
 
 
 def read_json(path: Path) -> Any:
@@ -101,7 +141,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
 
 
@@ -117,11 +157,11 @@ def check_tensors(config: TransformerConfig, tensors: Mapping[str, Tensor], wher
         parts = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(unknown)
         raise CheckpointError(f"{where} {' and '.join(parts)}")
     for name, shape in expected.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{where}: {name} has shape {tuple(tensor.shape)}, the configuration says {shape}")
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{where}: {name} must hold floating-point numbers, not {tensor.dtype}")
+        found, dtype = shape_of(tensors, name), dtype_of(tensors, name)
+        if found != shape:
+            raise CheckpointError(f"{where}: {name} has shape {found}, the configuration says {shape}")
+        if not dtype.is_floating_point:
+            raise CheckpointError(f"{where}: {name} must hold floating-point numbers, not {dtype}")
 
 
 def expected_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:

@@ -199,11 +199,15 @@ def _run_folder(model: Path) -> Path | None:
 
 
 def fingerprint(model: Path) -> str:
-    """Sha256 of a model file, or of all files of a model folder with their names.
+    """Sha256 of a model file, or of a model folder's files with their names; its card and figures do not count.
 
     A file above a gigabyte is known by its size, time of change and both ends, since hashing a model of a hundred
     gigabytes takes longer than decoding.
     """
+    from mtmoe.checkpoint.folder import identity, is_model_folder
+
+    if model.is_dir() and is_model_folder(model) and (known := identity(model)) is not None:
+        return known
     hasher = hashlib.sha256()
     for path in sorted(model.rglob("*")) if model.is_dir() else [model]:
         if not path.is_file():

@@ -83,7 +83,7 @@ def search(
     Args:
         model: a Transformer.
         source: (batch, source) int64 with tag and end symbol, padded.
-        start: (batch,) int64: what the decoder begins with, as a language tag.
+        start: (batch,) int64: what the decoder begins with, as a language tag; or (batch, prefix), several tokens.
         options: how to search.
         max_positions: the decoder's; no hypothesis has more tokens, end symbol included.
         forbidden: (n,) int64: ids that are never chosen, as tags. Padding never is.
@@ -95,16 +95,21 @@ def search(
         ValueError: min_length is above a sentence's greatest length.
     """
     lengths = source.ne(PADDING).sum(dim=1)
-    limits = (options.max_length_a * lengths.double() + options.max_length_b).long().clamp(max=max_positions - 1)
+    prefix = start if start.dim() == 2 else start[:, None]
+    most = max_positions - prefix.shape[1]
+    limits = (options.max_length_a * lengths.double() + options.max_length_b).long().clamp(max=most)
     if len(limits) and int(limits.min()) < options.min_length:
         raise ValueError(
             f"min_length={options.min_length} is above the greatest length {int(limits.min())} of a sentence; "
             "raise max_length_a or max_length_b"
         )
-    beams = _Beams(start, limits, options)
+    beams = _Beams(prefix, limits, options)
     if not len(source):
         return []
     state = model.start(source)
+    for position in range(prefix.shape[1] - 1):
+        visible = None if beams.visible is None else beams.visible[:, :, : position + 1]
+        model.step(prefix[:, position : position + 1], state, visible)
     while beams.sentences.numel():
         logits = model.step(beams.last, state, beams.visible)
         scores = torch.log_softmax(logits.float(), dim=-1)
@@ -127,11 +132,12 @@ class _Beams:
         self.sentences = torch.arange(batch, device=device)  # number in the batch as it was given
         self.limits = limits
         self.ended = torch.zeros(batch, dtype=torch.long, device=device)
-        self.last = start[:, None]  # (batch, width)
+        self.last = start[:, -1:]  # (batch, width)
         self.tokens = start.new_empty(batch, 1, 0)  # (batch, width, steps), without the start
         self.scores = torch.zeros(batch, 1, device=device)  # (batch, width) log-probabilities
         # Which cached keys lie in a hypothesis' own past; greedy search has no others.
-        self.visible = torch.ones(batch, 1, 1, dtype=torch.bool, device=device) if options.beam > 1 else None
+        shape = (batch, 1, start.shape[1])
+        self.visible = torch.ones(shape, dtype=torch.bool, device=device) if options.beam > 1 else None
         self.batch = batch
         self._ended: list[tuple[Tensor, Tensor, Tensor]] = []
 

@@ -91,12 +91,13 @@ def _encode(translator: Translator, texts: Iterable[ParallelText], rows: dict[st
             raise ValueError(f"direction {direction} is not one of those to count: {', '.join(rows)}")
         source, target = (translator.resolve(language) for language in direction.split("-"))
         tagged = source if translator.language_set.encoder_langtok == "src" else target
+        prefix = translator.decoder_prefix(target)
         for source_text, target_text in zip(sources, targets, strict=True):
             source_ids = vocabulary.encode(source_text)[: config.max_source_positions - 2]
-            target_ids = vocabulary.encode(target_text)[: config.max_target_positions - 1]
+            target_ids = vocabulary.encode(target_text)[: config.max_target_positions - len(prefix)]
             if source_ids and target_ids:
                 framed = vocabulary.frame(source_ids, tagged)
-                yield _Segment(rows[direction], framed, [vocabulary.tags[target], *target_ids])
+                yield _Segment(rows[direction], framed, [*prefix, *target_ids])
 
 
 class RoutingCollector:

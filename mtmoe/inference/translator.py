@@ -14,7 +14,7 @@ from mtmoe.checkpoint import LanguageSet, StoredModel, open_model
 from mtmoe.errors import CheckpointError, UnknownLanguage
 from mtmoe.inference.decoding import SearchOptions, search
 from mtmoe.inference.model import Transformer
-from mtmoe.inference.vocabulary import PADDING, Vocabulary
+from mtmoe.inference.vocabulary import EOS, PADDING, Vocabulary
 from mtmoe.languages import canonical
 
 logger = logging.getLogger(__name__)
@@ -40,9 +40,8 @@ class Translator:
         self.model = model
         self.vocabulary = vocabulary
         self.language_set = languages
-        forbidden = [0, *vocabulary.tags.values()]
         self._device = next(model.parameters()).device
-        self._forbidden = torch.tensor(forbidden, device=self._device)
+        self._forbidden = torch.tensor(vocabulary.unspoken, device=self._device)
 
     @classmethod
     def load(
@@ -53,6 +52,7 @@ class Translator:
         device: str = "cpu",
         dtype: str = "float32",
         threads: int | None = None,
+        verify: bool | None = None,
     ) -> Translator:
         """Read a model.
 
@@ -62,6 +62,7 @@ class Translator:
             device: torch's name of a device.
             dtype: float32 or bfloat16.
             threads: for torch's operators in this whole process; None leaves them as they are.
+            verify: compare a folder's weights with their checksums; None does so up to 1 GB.
 
         Raises:
             CheckpointError: the model is missing, damaged, unsafe or incomplete.
@@ -73,7 +74,7 @@ class Translator:
             if threads < 1:
                 raise ValueError(f"threads={threads} must be at least 1")
             torch.set_num_threads(threads)
-        stored = open_model(Path(path), None if data is None else Path(data))
+        stored = open_model(Path(path), None if data is None else Path(data), verify=verify)
         return cls.from_stored(stored, device=device, dtype=dtype)
 
     @classmethod
@@ -84,7 +85,8 @@ class Translator:
             CheckpointError: vocabulary and weights do not fit.
             ValueError: an unknown device.
         """
-        vocabulary = Vocabulary.load(stored.dictionary, stored.sentencepiece, stored.languages.languages)
+        known = stored.languages
+        vocabulary = Vocabulary.load(stored.dictionary, stored.sentencepiece, known.languages, known.tags)
         rows = stored.config.vocabulary_size
         if len(vocabulary) != rows:
             raise CheckpointError(
@@ -96,7 +98,7 @@ class Translator:
             model = model.to(device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={device!r} cannot be used: {error}") from error
-        return cls(model, vocabulary, stored.languages)
+        return cls(model, vocabulary, known)
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -185,6 +187,11 @@ class Translator:
                 progress(done, len(texts))
         return results
 
+    def decoder_prefix(self, target: str) -> list[int]:
+        """The ids that the decoder begins with for a target language: its tag, after the end symbol in some models."""
+        tag = self.vocabulary.tags[target]
+        return [EOS, tag] if self.language_set.decoder_start == "eos_tag" else [tag]
+
     def _encode(self, texts: Sequence[str], source: str, target: str) -> list[list[int]]:
         """Framed ids of each text; nothing for one without pieces."""
         tagged = source if self.language_set.encoder_langtok == "src" else target
@@ -200,7 +207,7 @@ class Translator:
 
     def _search(self, sources: list[list[int]], target: str, options: SearchOptions) -> list[str]:
         batch = pad(sources, self._device)
-        start = torch.full((len(sources),), self.vocabulary.tags[target], device=self._device)
+        start = torch.tensor([self.decoder_prefix(target)] * len(sources), device=self._device)
         found = search(
             self.model,
             batch,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -12,6 +13,9 @@ from mtmoe.normalise import normalise
 
 PADDING, EOS, UNKNOWN = 1, 2, 3
 """fairseq's ids of padding, the end symbol and the unknown piece."""
+
+NO_TEXT = re.compile(r"<mask>|madeupword\d+")
+"""Entries of foreign dictionaries that stand for no text: fillers of the embedding, and pre-training's mask."""
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 """What fairseq puts before the lines of a dictionary."""
@@ -23,26 +27,37 @@ class Vocabulary:
     Args:
         pieces: every row of the embedding in order, specials and tags included.
         processor: SentencePiece with the model's own model.
-        languages: codes; each must have its tag among `pieces`.
+        tags: the tag of each language; it must be among `pieces`.
 
     Raises:
         CheckpointError: a tag is missing.
     """
 
     def __init__(
-        self, pieces: Sequence[str], processor: sentencepiece.SentencePieceProcessor, languages: Sequence[str]
+        self, pieces: Sequence[str], processor: sentencepiece.SentencePieceProcessor, tags: Mapping[str, str]
     ) -> None:
         self.pieces = list(pieces)
         self.processor = processor
         self.ids = {piece: index for index, piece in enumerate(self.pieces)}
-        missing = [language for language in languages if tag(language) not in self.ids]
+        missing = [language for language, tag in tags.items() if tag not in self.ids]
         if missing:
             raise CheckpointError(f"the dictionary lacks the tags of: {', '.join(missing)}")
-        self.tags = {language: self.ids[tag(language)] for language in languages}
+        self.tags = {language: self.ids[tag] for language, tag in tags.items()}
+        fillers = [index for piece, index in self.ids.items() if NO_TEXT.fullmatch(piece)]
+        self.unspoken = [0, *self.tags.values(), *fillers]
+        """Ids that no translation has: the start symbol, tags, fillers."""
 
     @classmethod
-    def load(cls, dictionary: Path, model: Path, languages: Sequence[str]) -> Vocabulary:
+    def load(
+        cls, dictionary: Path, model: Path, languages: Sequence[str], tags: Mapping[str, str] | None = None
+    ) -> Vocabulary:
         """Read ``dict.txt`` and ``spm.model``.
+
+        Args:
+            dictionary: dict.txt.
+            model: spm.model.
+            languages: codes.
+            tags: the tags of languages for which it is not ``__code__``.
 
         Raises:
             CheckpointError: a file is missing or damaged, or the dictionary lacks a tag.
@@ -51,7 +66,8 @@ class Vocabulary:
             processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"{model} is no SentencePiece model: {error}") from error
-        return cls(SPECIALS + tuple(read_dictionary(dictionary)), processor, languages)
+        named = {language: (tags or {}).get(language, tag(language)) for language in languages}
+        return cls(SPECIALS + tuple(read_dictionary(dictionary)), processor, named)
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -74,7 +90,7 @@ class Vocabulary:
 
 
 def tag(language: str) -> str:
-    """The token that stands for a language."""
+    """The token that stands for a language, unless a model says otherwise."""
     return f"__{language}__"
 
 

@@ -187,7 +187,7 @@ def _taken_away(
     return taken
 
 
-def _count(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def count_choices(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Kept choices and first choices of each expert; -1 falls into a bin of its own, which is cut off."""
     shifted = expert_index + 1
     firsts = torch.bincount(shifted[:, 0], minlength=num_experts + 1)[1:]
@@ -217,7 +217,7 @@ def _choose_by_autograd(
         expert_index, weight = expert_index.masked_fill(taken, -1), weight.masked_fill(taken, 0)
     counted = slice(None) if real is None else real
     counts = ChoiceCounts(
-        *_count(expert_index, gate_probs.shape[1]),
+        *count_choices(expert_index, gate_probs.shape[1]),
         gate_probs[counted].sum(dim=0),
         gate_logits[counted].logsumexp(dim=-1).square().sum(),
     )
@@ -262,7 +262,7 @@ class _ChooseExperts(Function):
             probability, squared = gate_probs.sum(dim=0), torch.dot(log_partition, log_partition)
         else:
             probability, squared = mask @ gate_probs, torch.dot(mask * log_partition, log_partition)
-        tokens_per_expert, firsts = _count(expert_index, gate_probs.shape[1])
+        tokens_per_expert, firsts = count_choices(expert_index, gate_probs.shape[1])
         ctx.normalize = normalize
         # `probs` is both an intermediate and, where nothing is taken away, an output: saved tensors may be either.
         ctx.save_for_backward(gate_probs, ranked, probs, taken, log_partition, mask)

@@ -16,7 +16,8 @@ def capacity_of(config: MoEConfig, tokens: int, training: bool) -> int | None:
     """Slots of one expert for a batch.
 
     Args:
-        config: its ``capacity_factor``, ``eval_capacity_factor`` and ``eval_capacity_token_fraction`` count.
+        config: its ``capacity_factor``, ``eval_capacity_factor``, ``eval_capacity_token_fraction`` and
+            ``eval_capacity`` count.
         tokens: tokens in the batch, padding included, as in GShard and NLLB.
         training: which of the factors applies.
 
@@ -25,6 +26,8 @@ def capacity_of(config: MoEConfig, tokens: int, training: bool) -> int | None:
     """
     if not training and config.eval_capacity_token_fraction > 0:
         return max(1, math.ceil(config.eval_capacity_token_fraction * tokens))
+    if not training and config.eval_capacity > 0:
+        return config.eval_capacity
     factor = config.capacity_factor if training else config.eval_capacity_factor
     if factor == 0:
         return None

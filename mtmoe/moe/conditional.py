@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,31 @@ class SharedFeedForward(nn.Module):
             hidden = kernels.dropout(self.activation(self.fc1(x)), self.config.activation_dropout, self.training)
             y = self.fc2(hidden)
         return kernels.dropout(y, self.config.dropout, self.training)
+
+    def in_two_steps(self, x: Tensor) -> Iterator[Tensor]:
+        """`forward` in two halves of about the same work; the second gives the result. Draws in the same order."""
+        hidden = self.activation(kernels.linear(x, self.fc1))
+        hidden = kernels.dropout(hidden, self.config.activation_dropout, self.training)
+        yield hidden
+        yield kernels.dropout(kernels.linear(hidden, self.fc2), self.config.dropout, self.training)
+
+
+class SharedOutput:
+    """The shared network's output, of which a half is computed at each `step`, while experts' rows travel."""
+
+    def __init__(self, network: SharedFeedForward, x: Tensor) -> None:
+        self._steps = network.in_two_steps(x)
+        self._last = x
+
+    def step(self) -> None:
+        """Compute the next half, if one is left."""
+        self._last = next(self._steps, self._last)
+
+    def value(self) -> Tensor:
+        """(tokens, d_model), after what steps have left undone."""
+        self.step()
+        self.step()
+        return self._last
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,5 +113,8 @@ class ConditionalRouting(nn.Module):
 
     def forward(self, x: Tensor, experts_output: Tensor, gates: ConditionalGates) -> Tensor:
         """Mix the shared network's output with the experts': (tokens, d_model), the type of `experts_output`."""
-        shared: Tensor = self.shared(x)
+        return self.mix(self.shared(x), experts_output, gates)
+
+    def mix(self, shared: Tensor, experts_output: Tensor, gates: ConditionalGates) -> Tensor:
+        """`forward` with the shared network's output at hand."""
         return (shared + gates.value * (experts_output - shared)).to(experts_output.dtype)

@@ -20,8 +20,9 @@ RATES = (
 CLUSTER_VARIANCE_SCALES = ("mean", "sum")
 
 LATER_FIELDS = (
-    "cosine_gate_dim", "expert_clusters", "cluster_variance_type", "cluster_variance_scale",
-    "cluster_expert_dropout", "cluster_expert_dropout_interval",
+    "cosine_gate_dim", "gate_bias", "eval_capacity",
+    "expert_clusters", "cluster_variance_type", "cluster_variance_scale",
+    "cluster_expert_dropout", "cluster_expert_dropout_interval", "expert_nodes",
 )  # fmt: skip
 """Fields that models saved by earlier versions lack; at its default each leaves a layer as it was without the field."""
 
@@ -40,9 +41,14 @@ class MoEConfig:
     """Experts that each token uses; 1 is Switch, 2 is GShard."""
     gate: str = "topk"
     """topk: one linear map (Switch, GShard); moec: cosine similarity to each expert with a learnt temperature, top_k 1
-    (MoEC)."""
+    (MoEC); bilevel: a node, then top_k experts inside it, normalize_weights none (SMILE)."""
+    expert_nodes: int = 0
+    """Nodes of the bilevel gate: groups of experts with consecutive numbers, those of a host where ranks share them
+    out."""
     cosine_gate_dim: int = 32
     """Width in which the moec gate compares tokens with experts."""
+    gate_bias: bool = False
+    """Give each expert of the topk gate a bias beside its row of weights."""
     activation: str = "relu"
     """Between the two matrices of an expert: relu, gelu or silu."""
     second_expert_policy: str = "all"
@@ -64,6 +70,9 @@ class MoEConfig:
     """As capacity_factor, in evaluation; 0 drops no token."""
     eval_capacity_token_fraction: float = 0.0
     """If above 0, an expert has ceil(fraction x tokens) slots in evaluation instead (NLLB: 1.0, which never drops)."""
+    eval_capacity: int = 0
+    """If above 0, an expert has so many slots in evaluation, however many tokens there are;
+    eval_capacity_token_fraction comes first."""
     dropout: float = 0.0
     """Dropout on an expert's output, before the gate's weight."""
     activation_dropout: float = 0.0
@@ -128,7 +137,9 @@ class MoEConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}")
-        for name in ("capacity_factor", "eval_capacity_factor", "init_scale", "cmr_d_ffn", "expert_clusters"):
+        for name in (
+            "capacity_factor", "eval_capacity_factor", "eval_capacity", "init_scale", "cmr_d_ffn", "expert_clusters",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0.0 <= self.eval_capacity_token_fraction <= 1.0:
@@ -150,11 +161,14 @@ class MoEConfig:
                 f"gating_dropout_ranks={self.gating_dropout_ranks} must divide num_experts={self.num_experts}"
             )
         self._check_clusters()
+        self._check_nodes()
 
     def _check_clusters(self) -> None:
         clusters, rate = self.expert_clusters, self.cluster_expert_dropout
         if self.gate == "moec" and self.top_k != 1:
             raise ValueError(f"gate='moec' sends a token to one expert: set top_k=1 instead of {self.top_k}")
+        if self.gate == "moec" and self.gate_bias:
+            raise ValueError("gate='moec' compares directions, which have no bias: leave gate_bias out")
         if self.cluster_variance_type not in (0, 1, 2):
             raise ValueError(f"cluster_variance_type={self.cluster_variance_type} must be 0, 1 or 2")
         if clusters and self.num_experts % clusters:
@@ -180,6 +194,39 @@ class MoEConfig:
                 "gating_dropout would send tokens to experts that cluster_expert_dropout leaves out; use one of the "
                 "two, or gating_dropout_mode='gate_expert'"
             )
+
+    def _check_nodes(self) -> None:
+        nodes = self.expert_nodes
+        if self.gate != "bilevel":
+            if nodes:
+                raise ValueError(f"expert_nodes={nodes} needs gate='bilevel'; set it, or leave expert_nodes at 0")
+            return
+        if nodes < 1 or self.num_experts % nodes:
+            raise ValueError(
+                f"gate='bilevel' needs expert_nodes that divide num_experts={self.num_experts}, got {nodes}; give the "
+                "number of hosts that the experts are on, or any number of groups in one process"
+            )
+        if self.top_k > self.node_experts:
+            raise ValueError(
+                f"gate='bilevel' chooses top_k={self.top_k} experts inside a node, which has {self.node_experts}; "
+                "lower top_k or expert_nodes"
+            )
+        if self.normalize_weights != "none":
+            # The node's probability would cancel: the task loss would give its router no gradient.
+            raise ValueError(
+                f"normalize_weights={self.normalize_weights!r} would never train the node router of gate='bilevel'; "
+                "use 'none'"
+            )
+        if self.expert_clusters:
+            raise ValueError(
+                f"expert_clusters={self.expert_clusters} does not work with gate='bilevel', whose nodes are groups "
+                "already; leave it at 0"
+            )
+
+    @property
+    def node_experts(self) -> int:
+        """Experts of each node of the bilevel gate."""
+        return self.num_experts // (self.expert_nodes or 1)
 
     @property
     def ranks(self) -> int:

@@ -43,10 +43,24 @@ def mask_expert_outputs(
     weight = decision.weight
     draws = torch.rand_like(weight) if keys is None else keys.uniform("eom", weight.shape[1], weight.dtype)
     hidden = draws < rate
-    weight = weight.masked_fill(hidden, 0)
+    decision = hide(decision, hidden)
     if config.masking_scale == "inverted":
-        weight = weight / (1 - rate)
-    return replace(decision, expert_index=decision.expert_index.masked_fill(hidden, -1), weight=weight)
+        return replace(decision, weight=decision.weight / (1 - rate))
+    return decision
+
+
+def hide(decision: RoutingDecision, hidden: Tensor) -> RoutingDecision:
+    """Take choices out of a decision; the other weights stay.
+
+    Args:
+        decision: after capacity.
+        hidden: (tokens, top_k) bool, or (tokens, 1) for all choices of a token.
+    """
+    return replace(
+        decision,
+        expert_index=decision.expert_index.masked_fill(hidden, -1),
+        weight=decision.weight.masked_fill(hidden, 0),
+    )
 
 
 def mask_final_output(y: Tensor, config: MoEConfig, training: bool, keys: DrawKeys | None = None) -> Tensor:

@@ -20,6 +20,7 @@ class RoutingDecision:
     gate_probs: Tensor
     """(tokens, num_experts) fp32, each row sums to 1; padding rows too. 0 for experts that take no part."""
     losses: dict[str, Tensor]
-    """Name -> () fp32, not yet weighted: ``load_balance``, ``router_z``, with clusters ``cluster_variance``."""
+    """Name -> () fp32, not yet weighted: ``load_balance`` (of the bilevel gate ``node_balance`` and ``inner_balance``),
+    ``router_z``, with clusters ``cluster_variance``."""
     counts: ChoiceCounts | None = None
     """Sums over real tokens, of the gate's choice before capacity; a decision made by hand may leave them out."""

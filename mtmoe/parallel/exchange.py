@@ -1,5 +1,7 @@
 """Collectives that gradients pass through: the ragged all-to-all of rows, and sums over ranks.
 
+An all-to-all has two steps, a beginning and an end, so that other work can be done while the rows travel.
+
 Backward runs them in the reverse order of forward. Autograd goes through its nodes in the reverse order of their
 creation, so ranks whose forward passes call the same collectives in the same order never wait for each other for ever,
 whatever else differs between them: a batch without tokens, say, or without padding.
@@ -15,15 +17,18 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
 
 
 @dataclass(slots=True)
 class Traffic:
-    """Rows that a rank's all-to-alls have sent, forward, backward and recomputed ones alike; in bytes."""
+    """What a rank's all-to-alls have sent, forward, backward and recomputed alike; in bytes.
+
+    That is rows and, in two steps, the numbers and weights of their experts; how many rows come is not counted.
+    """
 
     calls: int = 0
-    """All-to-alls of rows."""
+    """All-to-alls."""
     to_itself: int = 0
     """Rows of this rank for its own experts, which use no link."""
     same_host: int = 0
@@ -44,6 +49,24 @@ class Segments:
     """(ranks, local experts) int64: the same by expert."""
 
 
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """Rows that an all-to-all has set out to bring."""
+
+    work: Work
+    buffer: Tensor
+    """Where they arrive, in the type that they travel in."""
+    source: Tensor
+    """What is sent, which has to live until it has been."""
+    dtype: torch.dtype
+    """That the rows are wanted in."""
+
+    def wait(self) -> Tensor:
+        """The rows, all there. On a GPU it is its stream that waits, not the caller."""
+        self.work.wait()
+        return self.buffer.to(self.dtype)
+
+
 class AllToAll:
     """The ragged all-to-all of a group; it counts what it sends by kind of link.
 
@@ -52,10 +75,25 @@ class AllToAll:
         rank: of the caller inside the group.
         on_own_host: of each rank of the group, whether it is on the caller's host.
         traffic: where to count.
+        payload: type that rows and their gradients travel in if it is narrower than theirs: they are rounded to it when
+            sent, also those that stay on their rank, so that no result depends on who holds what. None: their own.
     """
 
-    def __init__(self, group: ProcessGroup, rank: int, on_own_host: Sequence[bool], traffic: Traffic) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup,
+        rank: int,
+        on_own_host: Sequence[bool],
+        traffic: Traffic,
+        payload: torch.dtype | None = None,
+    ) -> None:
         self.group, self.rank, self.on_own_host, self.traffic = group, rank, tuple(on_own_host), traffic
+        self.payload = payload
+
+    @property
+    def size(self) -> int:
+        """Ranks of the group."""
+        return len(self.on_own_host)
 
     def segments(self, rows_per_expert: Tensor) -> Segments:
         """Tell each rank how many rows it will get for its experts; waits for the device, once.
@@ -63,28 +101,53 @@ class AllToAll:
         Args:
             rows_per_expert: (num_experts,) int64, rows of this rank for each expert of the group.
         """
-        ranks = len(self.on_own_host)
-        mine = rows_per_expert.view(ranks, -1).contiguous()
+        mine = rows_per_expert.view(self.size, -1).contiguous()
         theirs = torch.empty_like(mine)
         distributed.all_to_all_single(theirs, mine, group=self.group)
         sent, received = torch.stack([mine, theirs]).sum(dim=-1).tolist()
         return Segments(sent, received, theirs)
 
-    def __call__(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """Send consecutive rows to the ranks of the group in their order, and take theirs.
+    def start(
+        self, rows: Tensor, send: Sequence[int], receive: Sequence[int], payload: torch.dtype | None = None
+    ) -> Arriving:
+        """Set out to send consecutive rows to the ranks of the group in their order, and to take theirs.
 
         Args:
-            rows: (sum of `send`, …), contiguous, any type that the backend knows.
+            rows: (sum of `send`, …), any type that the backend knows.
             send: rows for each rank; 0 is allowed, and all may be 0.
             receive: rows from each rank.
+            payload: see `AllToAll`; this one's is what `begin` gives.
 
         Returns:
-            (sum of `receive`, …): first rank's rows first.
+            What becomes (sum of `receive`, …): first rank's rows first.
         """
-        arrived = rows.new_empty(sum(receive), *rows.shape[1:])
-        distributed.all_to_all_single(arrived, rows, list(receive), list(send), group=self.group)
-        self._count(send, rows[:1].numel() * rows.element_size() if len(rows) else 0)
-        return arrived
+        narrow = payload is not None and payload.itemsize < rows.element_size()
+        source = (rows.to(payload) if narrow else rows).contiguous()
+        buffer = source.new_empty(sum(receive), *rows.shape[1:])
+        work = distributed.all_to_all_single(
+            buffer, source, list(receive), list(send), group=self.group, async_op=True
+        )
+        self._count(send, source[:1].numel() * source.element_size() if len(rows) else 0)
+        return Arriving(work, buffer, source, rows.dtype)
+
+    def begin(
+        self, rows: Tensor, send: Sequence[int], receive: Sequence[int], exact: bool = False
+    ) -> Exchange:
+        """Send rows as `start` does, with a gradient, which travels back by the same way; see `Exchange`.
+
+        Args:
+            rows: as in `start`.
+            send: as in `start`.
+            receive: as in `start`.
+            exact: keep their type, whatever `payload` says.
+        """
+        return Exchange(self, rows, send, receive, None if exact else self.payload)
+
+    def exchange(
+        self, rows: Tensor, send: Sequence[int], receive: Sequence[int], exact: bool = False
+    ) -> Tensor:
+        """`begin`, and wait for the rows."""
+        return self.begin(rows, send, receive, exact).finish()
 
     def _count(self, send: Sequence[int], row_bytes: int) -> None:
         traffic = self.traffic
@@ -98,9 +161,39 @@ class AllToAll:
                 traffic.other_hosts += rows * row_bytes
 
 
-def exchange(rows: Tensor, send: Sequence[int], receive: Sequence[int], all_to_all: AllToAll) -> Tensor:
-    """`AllToAll` with a gradient, which travels back by the same way."""
-    return _Exchange.apply(rows, send, receive, all_to_all)  # type: ignore[no-any-return]
+class Exchange:
+    """Rows under way; what is computed before `finish` is computed while they travel.
+
+    The same holds for the gradient: it sets out in the backward step of `finish` and is awaited in that of the
+    beginning, and autograd runs what was computed in between in between. Made by `AllToAll.begin`.
+    """
+
+    def __init__(
+        self,
+        all_to_all: AllToAll,
+        rows: Tensor,
+        send: Sequence[int],
+        receive: Sequence[int],
+        payload: torch.dtype | None,
+    ) -> None:
+        self.all_to_all, self.send, self.receive, self.payload = all_to_all, send, receive, payload
+        self.arriving: Arriving | None = None
+        self._link: Tensor = _Begin.apply(rows, self)
+
+    def finish(self) -> Tensor:
+        """The rows that have arrived: (sum of `receive`, …), of the type that was sent. To be called once."""
+        return _Finish.apply(self._link, self)  # type: ignore[no-any-return]
+
+    def start(self, rows: Tensor, back: bool = False) -> None:
+        """Let rows set out, or gradients come back."""
+        ways = (self.receive, self.send) if back else (self.send, self.receive)
+        self.arriving = self.all_to_all.start(rows, *ways, self.payload)
+
+    def wait(self) -> Tensor:
+        """What set out last."""
+        arriving, self.arriving = self.arriving, None
+        assert arriving is not None
+        return arriving.wait()
 
 
 def sum_over(values: Tensor, group: ProcessGroup) -> Tensor:
@@ -112,18 +205,31 @@ def sum_over(values: Tensor, group: ProcessGroup) -> Tensor:
     return _Sum.apply(values, group)  # type: ignore[no-any-return]
 
 
-class _Exchange(Function):
+class _Begin(Function):
+    # An empty tensor links the two steps in the graph: what travels is in nobody's hands until it has arrived.
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, send: Sequence[int], receive: Sequence[int], all_to_all: AllToAll
-    ) -> Tensor:
-        ctx.send, ctx.receive, ctx.all_to_all = send, receive, all_to_all
-        return all_to_all(rows.contiguous(), send, receive)
+    def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.start(rows)
+        return rows.new_empty(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.all_to_all(grad.contiguous(), ctx.receive, ctx.send), None, None, None
+    def backward(ctx: Any, _link: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.wait(), None
+
+
+class _Finish(Function):
+    @staticmethod
+    def forward(ctx: Any, link: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.start(grad, back=True)
+        return grad.new_empty(0), None
 
 
 class _Sum(Function):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
 
-from mtmoe.parallel.exchange import AllToAll, Segments, Traffic, exchange, sum_over
+from mtmoe.parallel.exchange import AllToAll, Traffic, sum_over
 from mtmoe.parallel.groups import Groups
 from mtmoe.parallel.layout import Layout
 
@@ -21,16 +21,28 @@ class ExpertParallel:
 
     Args:
         groups: of `build_groups`.
+        payload: type that rows and their gradients travel in if it is narrower than theirs; see `AllToAll`. None: that
+            of the computation.
+        overlap: compute what does not wait for rows, CMR's shared network, while they travel. The numbers stay the
+            same.
     """
 
-    def __init__(self, groups: Groups) -> None:
-        self.groups = groups
+    def __init__(self, groups: Groups, payload: torch.dtype | None = None, overlap: bool = False) -> None:
+        self.groups, self.overlap = groups, overlap
         self.traffic = Traffic()
         """What the exchange of rows has sent, for all layers."""
-        layout = groups.layout
-        self._all_to_all = AllToAll(
-            groups.expert_parallel, layout.expert_parallel_rank, layout.on_own_host(), self.traffic
-        )
+
+        def link(group: ProcessGroup) -> AllToAll:
+            ranks = distributed.get_process_group_ranks(group)
+            layout = groups.layout
+            return AllToAll(group, ranks.index(layout.rank), layout.on_own_host(ranks), self.traffic, payload)
+
+        self.whole = link(groups.expert_parallel)
+        """Between all ranks that share out the experts, in one step."""
+        self.by_hosts: tuple[AllToAll, AllToAll] | None = None
+        """Between hosts and inside one, where rows go in two steps."""
+        if groups.across is not None and groups.within is not None:
+            self.by_hosts = link(groups.across), link(groups.within)
 
     def __deepcopy__(self, memo: Any) -> ExpertParallel:
         # A copy of a model talks to the same processes; process groups cannot be copied.
@@ -49,14 +61,6 @@ class ExpertParallel:
     def local_experts(self, num_experts: int) -> range:
         """The experts of this rank; see `Layout.local_experts`."""
         return self.layout.local_experts(num_experts)
-
-    def segments(self, rows_per_expert: Tensor) -> Segments:
-        """Tell the owners of experts how many rows will come: (num_experts,) int64 of this rank's rows."""
-        return self._all_to_all.segments(rows_per_expert)
-
-    def exchange(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """Send rows to the ranks of the expert-parallel group and take theirs, with a gradient; see `AllToAll`."""
-        return exchange(rows, send, receive, self._all_to_all)
 
     def sum(self, *values: Tensor) -> tuple[Tensor, ...]:
         """Sum tensors over all ranks of the world, with a gradient (see `sum_over`), in one step and in fp64.

@@ -25,9 +25,13 @@ class Groups:
     """The ranks that share out the experts with this one."""
     data_parallel: ProcessGroup
     """The ranks that hold the same experts."""
+    across: ProcessGroup | None = None
+    """Those that share out the experts, one on each host, in the place of this one; None: no exchange in two steps."""
+    within: ProcessGroup | None = None
+    """Those that share out the experts and are on this host; None with `across`."""
 
 
-def build_groups(layout: Layout, timeout: timedelta | None = None) -> Groups:
+def build_groups(layout: Layout, timeout: timedelta | None = None, hierarchical: bool = False) -> Groups:
     """Make the groups of a layout; all ranks have to call this, with the same two sizes.
 
     Every rank makes every group, in the same order, as torch.distributed demands. That of all ranks is new as well, so
@@ -36,9 +40,11 @@ def build_groups(layout: Layout, timeout: timedelta | None = None) -> Groups:
     Args:
         layout: of the calling rank.
         timeout: after which a collective of these groups fails; None takes torch's.
+        hierarchical: exchange between hosts first, then inside each; where a group is on one host, nothing changes.
 
     Raises:
-        ConfigError: torch.distributed has not been started, or with another world than the layout's.
+        ConfigError: torch.distributed has not been started, or with another world than the layout's, or its hosts are
+            too unlike for `hierarchical`.
     """
     if not distributed.is_available() or not distributed.is_initialized():
         raise ConfigError("expert parallelism needs torch.distributed: start the processes with torchrun or Slurm")
@@ -48,11 +54,14 @@ def build_groups(layout: Layout, timeout: timedelta | None = None) -> Groups:
             f"the layout is for rank {layout.rank} of {layout.world_size}, torch.distributed says {actual[0]} of "
             f"{actual[1]}"
         )
+    two_steps = hierarchical and layout.nodes > 1
     return Groups(
         layout,
         _own([range(layout.world_size)], layout.rank, timeout),
         _own(layout.expert_parallel_groups(), layout.rank, timeout),
         _own(layout.data_parallel_groups(), layout.rank, timeout),
+        _own(layout.across_groups(), layout.rank, timeout) if two_steps else None,
+        _own(layout.within_groups(), layout.rank, timeout) if two_steps else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mtmoe.errors import ConfigError
@@ -71,6 +72,44 @@ class Layout:
         """All groups of ranks that hold the same experts."""
         return [range(i, self.world_size, self.expert_parallel_size) for i in range(self.expert_parallel_size)]
 
+    @property
+    def nodes(self) -> int:
+        """Hosts that each expert-parallel group is spread over, for an exchange in two steps.
+
+        Raises:
+            ConfigError: a group's ranks on one host do not follow each other, or hosts have unequally many of them.
+        """
+        if self.hosts is None:
+            return 1
+        size, counts = self.expert_parallel_size, set()
+        for group in self.expert_parallel_groups():
+            hosts = [self.hosts[rank] for rank in group]
+            nodes = len(set(hosts))
+            expected = [host for host in dict.fromkeys(hosts) for _ in range(size // nodes)]
+            counts.add(nodes if hosts == expected else 0)
+        if len(counts) > 1 or 0 in counts:
+            raise ConfigError(
+                f"an exchange in two steps needs hosts with equally many consecutive ranks of each group of "
+                f"{size}, but the hosts of the ranks are {', '.join(map(str, self.hosts))}; start equally many "
+                "processes on each host, or exchange in one step"
+            )
+        return counts.pop()
+
+    def across_groups(self) -> list[range]:
+        """All groups of ranks with the same place on the hosts of an expert-parallel group."""
+        size = self.expert_parallel_size
+        places = size // self.nodes
+        return [
+            range(first + place, first + size, places)
+            for first in range(0, self.world_size, size)
+            for place in range(places)
+        ]
+
+    def within_groups(self) -> list[range]:
+        """All groups of ranks of one expert-parallel group on one host."""
+        places = self.expert_parallel_size // self.nodes
+        return [range(first, first + places) for first in range(0, self.world_size, places)]
+
     def local_experts(self, num_experts: int) -> range:
         """Numbers of the experts that this rank holds: consecutive ones, equally many on each rank of a group.
 
@@ -85,8 +124,7 @@ class Layout:
         local = num_experts // self.expert_parallel_size
         return range(self.expert_parallel_rank * local, (self.expert_parallel_rank + 1) * local)
 
-    def on_own_host(self) -> tuple[bool, ...]:
-        """Of each rank of the expert-parallel group, whether it is on the host of this one."""
-        if self.hosts is None:
-            return (True,) * self.expert_parallel_size
-        return tuple(self.hosts[member] == self.hosts[self.rank] for member in self.expert_parallel_ranks)
+    def on_own_host(self, ranks: Iterable[int]) -> tuple[bool, ...]:
+        """Of each of some ranks, whether it is on the host of this one."""
+        hosts = self.hosts
+        return tuple(hosts is None or hosts[member] == hosts[self.rank] for member in ranks)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reference.fairseq_file import fairseq_options, fairseq_state
+from reference.fairseq_file import Hostile, fairseq_options, fairseq_state
 from reference.models import toy_model
 
 from mtmoe.checkpoint.fairseq import read_fairseq_checkpoint, read_model, transformer_config
@@ -91,6 +91,13 @@ def test_reads_moec(vocabulary, tmp_path):
     assert found.tensors["encoder.layers.1.moe.gate.log_temperature"].shape == (1,)
 
 
+def test_reads_the_bilevel_gate(vocabulary, tmp_path):
+    model = toy_model(vocabulary, bilevel=True)
+    found = read_model(save(fairseq_state(model), tmp_path / "checkpoint.pt"), vocabulary)
+    assert found.config == model.config
+    assert found.tensors["encoder.layers.1.moe.gate.weight"].shape == (2 + 2, 16)
+
+
 def test_classes_of_configurations_are_replaced_by_stand_ins(vocabulary, tmp_path):
     from omegaconf import OmegaConf
 
@@ -126,16 +133,6 @@ def test_flat_options_of_old_checkpoints(vocabulary, tmp_path):
     task = state.pop("cfg")["task"]
     state["args"] = Namespace(**fairseq_options(model), encoder_langtok=task["encoder_langtok"], data=None)
     assert read_model(save(state, tmp_path / "checkpoint.pt"), vocabulary).config == model.config
-
-
-class Hostile:
-    """Runs a shell command when unpickled."""
-
-    def __init__(self, function, *arguments) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.parametrize(

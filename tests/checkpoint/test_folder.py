@@ -3,16 +3,19 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference.models import toy_config, toy_model, toy_tensors
+from reference.models import as_version_1, seal, toy_config, toy_model, toy_tensors
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from mtmoe.checkpoint import StoredModel, TransformerConfig, locate_model, open_model
-from mtmoe.checkpoint.folder import FILES, read_folder, write_folder
+from mtmoe.checkpoint.folder import FILES, identity, read_folder, write_folder
+from mtmoe.checkpoint.tensors import rows_of
 from mtmoe.errors import CheckpointError
 from mtmoe.moe.config import LATER_FIELDS
 
@@ -28,6 +31,7 @@ def test_comes_back_to_the_bit(model, tmp_path):
     assert found.dictionary.read_bytes() == model.dictionary.read_bytes()
     assert found.sentencepiece.read_bytes() == model.sentencepiece.read_bytes()
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert (found.history, found.data, found.figures) == (model.history, model.data, model.figures)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
@@ -107,17 +111,33 @@ def folder(vocabulary, tmp_path):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_missing_file(folder, name):
-    (folder / name).unlink()
-    with pytest.raises(CheckpointError, match=f"it lacks {name}"):
+@pytest.mark.parametrize("name", [name for name in FILES if name != "README.md"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_missing_file(folder, name, version):
+    if version == 1:
+        as_version_1(folder)
+    (folder / name).unlink(missing_ok=True)
+    if version == 1 and name == "checksums.json":
         read_folder(folder)
+        return
+    with pytest.raises(CheckpointError, match=f"it lacks.* {name}|{name} is missing, and checksums.json lists it"):
+        read_folder(folder)
+
+
+def test_the_card_may_change(folder):
+    (folder / "README.md").write_text("mine")
+    read_folder(folder)
+    (folder / "README.md").unlink()
+    read_folder(folder)
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda config: config.update(version=2), r"config\.json: version 2 is unknown, this mtmoe reads version 1"),
+        (lambda config: config.update(version=3), r"config\.json: version 3 is unknown, .* versions 1 to 2\. Upd"),
+        (lambda config: config.update(version=True), "version True is unknown"),
+        (lambda config: config.update(history=["pruned"]), "history must be a list of objects with an operation"),
+        (lambda config: config.update(figures=[]), "figures must be an object"),
         (lambda config: config.update(format="x"), "format must be 'mtmoe'"),
         (lambda config: config.pop("model"), "config.json lacks model"),
         (lambda config: config.update(model=3), "model must be an object"),
@@ -138,6 +158,9 @@ def test_a_wrong_configuration(folder, change, text):
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged: its SHA-256|it has .* bytes, checksums"):
+        read_folder(folder)
+    seal(folder)
     with pytest.raises(CheckpointError, match=text):
         read_folder(folder)
 
@@ -152,11 +175,15 @@ def test_fields_of_later_versions_may_lack(model, vocabulary, tmp_path):
         for name in LATER_FIELDS:
             del config["model"][side][name]
     path.write_text(json.dumps(config))
+    seal(tmp_path / "model")
     if model == "moe":  # as it was before there were such fields
         assert read_folder(tmp_path / "model").config == expected
     else:  # one that is not as by default cannot be guessed: the weights tell
         with pytest.raises(CheckpointError, match=r"gate\.weight has shape \(4, 5\), the configuration says \(4, 32\)"):
             read_folder(tmp_path / "model")
+
+
+ONE_LANGUAGE = '{"languages": ["de"], "directions": [], "encoder_langtok": "src"'
 
 
 @pytest.mark.parametrize(
@@ -171,29 +198,86 @@ def test_fields_of_later_versions_may_lack(model, vocabulary, tmp_path):
             "direction 'de-en' must join two of: de",
         ),
         ('{"languages": ["de"], "directions": [], "encoder_langtok": "both"}', "encoder_langtok='both' must be one of"),
+        (ONE_LANGUAGE + ', "tags": {"en": "x"}}', "tags names en"),
+        (ONE_LANGUAGE + ', "tags": {"de": 1}}', "tags must be an object of strings"),
+        (ONE_LANGUAGE + ', "decoder_start": "x"}', "decoder_start='x' must be one of: tag, eos_tag"),
         ('{"languages": [], "directions": [], "encoder_langtok": "src"}', "needs at least one language"),
     ],
 )
 def test_wrong_languages(folder, content, text):
     (folder / "languages.json").write_text(content)
+    seal(folder)
     with pytest.raises(CheckpointError, match=text):
         read_folder(folder)
 
 
-@settings(max_examples=40)
-@given(share=st.floats(0, 0.999))
-def test_truncated_weights_are_an_error(tmp_path_factory, vocabulary, share):
-    folder = tmp_path_factory.mktemp("cut") / "model"
-    write_folder(folder, toy_model(vocabulary))
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
-        read_folder(folder)
+def test_version_1_is_read_as_before(model, tmp_path):
+    write_folder(tmp_path / "model", model)
+    as_version_1(tmp_path / "model")
+    found = read_folder(tmp_path / "model")
+    assert (found.config, found.languages) == (model.config, model.languages)
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in model.tensors.items())
+    write_folder(tmp_path / "model", found)  # over the very files that are mapped
+    newer = read_folder(tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["version"] == 2
+    assert all(torch.equal(newer.tensors[name], tensor) for name, tensor in model.tensors.items())
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(part_bytes=st.integers(1, 40_000))
+def test_parts_of_any_size_hold_the_same(vocabulary, tmp_path_factory, part_bytes):
+    model = toy_model(vocabulary, moe=True)
+    folder = tmp_path_factory.mktemp("parts") / "model"
+    write_folder(folder, model, part_bytes=part_bytes)
+    parts = sorted(folder.glob("model*.safetensors"))
+    found = read_folder(folder)
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in model.tensors.items())
+    for path in parts:
+        with safe_open(path, "pt") as file:
+            sizes = [found.tensors[name].nbytes for name in file.keys()]  # noqa: SIM118
+        assert sum(sizes) <= part_bytes or len(sizes) == 1
+    assert sum(tensor.nbytes for tensor in model.tensors.values()) <= part_bytes * len(parts) or part_bytes < 10_000
+    if len(parts) > 1:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert index["weight_map"].keys() == model.tensors.keys()
+        assert [path.name for path in parts] == sorted(set(index["weight_map"].values()))
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in model.tensors.values())
+
+
+def test_rows_of_a_weight(folder, vocabulary):
+    tensors = read_folder(folder).tensors
+    name = "encoder.layers.1.moe.experts.w_in"
+    expected = toy_model(vocabulary, moe=True).tensors[name]
+    assert torch.equal(rows_of(tensors, name, 1, 3), expected[1:3])
+    assert torch.equal(rows_of({name: expected}, name, 1, 3), expected[1:3])
+
+
+def test_an_identity_is_of_what_decides_translations(vocabulary, tmp_path):
+    model = toy_model(vocabulary, moe=True)
+    told = replace(model, data={"licence": "CC0"}, figures={"mean_chrf++": 1.0, "directions": {}}).after("converted")
+    deaf = replace(model, config=replace(model.config, max_source_positions=8))
+    other = toy_model(vocabulary, seed=2, moe=True)
+    for name, each in (("a", model), ("b", told), ("c", other), ("d", deaf)):
+        write_folder(tmp_path / name, each)
+    assert identity(tmp_path / "a") == identity(tmp_path / "b")
+    assert len({identity(tmp_path / name) for name in "acd"}) == 3
+    as_version_1(tmp_path / "a")
+    assert identity(tmp_path / "a") is None
+
+
+def test_history_grows_and_figures_go(vocabulary, tmp_path):
+    model = replace(toy_model(vocabulary), data={"licence": "CC0"}, figures={"mean_chrf++": 1.0, "directions": {}})
+    write_folder(tmp_path / "model", model.after("pruned", keep=0.2).after("quantised"))
+    found = read_folder(tmp_path / "model")
+    assert [entry["operation"] for entry in found.history] == ["pruned", "quantised"]
+    assert found.history[0]["keep"] == 0.2
+    assert (found.data, found.figures) == ({"licence": "CC0"}, {})
 
 
 def test_weights_of_another_shape(folder):
     tensors = toy_tensors(toy_config())
     save_file(tensors, folder / "model.safetensors")
+    seal(folder)
     with pytest.raises(CheckpointError, match=r"model\.safetensors lacks .*moe.* and has unknown .*fc1"):
         read_folder(folder)
 

@@ -79,6 +79,19 @@ def test_processes_that_share_experts_go_on_as_those_that_each_have_all(train, t
     close(shared, whole, range(4, UPDATES + 1))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ways_to_send_less_train_as_one_process(train):
+    """Exactly so, but for rows in bf16, which change the first loss by less than a hundredth."""
+    gate = ["--gate", "bilevel", "--expert-nodes", 2, "--normalize-weights", "none", "--max-update", 2]
+    balances = ["--node-balance-loss-weight", 0, "--inner-balance-loss-weight", 0, "--cmr-loss-weight", 0]
+    one = train(1, "one", *gate, *balances, "--layout-invariant", "--update-freq", 2)
+    two = [*gate, *balances, "--expert-parallel-size", 2, "--hierarchical-exchange", "--overlap-exchange"]
+    close(train(2, "two", *two), one, range(1, 3))
+    narrow = train(2, "narrow", *two, "--exchange-dtype", "bfloat16")
+    assert narrow[1][:2] == pytest.approx(one[1][:2], abs=1e-2)
+
+
 def options(**changes) -> SimpleNamespace:
     values = {"expert_parallel_size": 2, "layout_invariant": False, "zero_sharding": "none", "store_ema": False}
     return SimpleNamespace(**(values | changes))

@@ -53,6 +53,8 @@ METHODS = {
     "CMR": "cmr=true cmr-budget=0.6 cmr-gate-drop=0.2",
     "EOM and CMR": "eom=0.2 cmr=true cmr-gate-drop=0.2",
     "MoEC": MOEC,
+    "SMILE": "gate=bilevel expert-nodes=2 normalize-weights=none",
+    "SMILE, top-1": "gate=bilevel expert-nodes=2 top-k=1 normalize-weights=none",
     "cluster variance": "expert-clusters=4 cluster-variance-loss-weight=10",
     "cluster variance, type 2": "expert-clusters=4 cluster-variance-type=2 cluster-variance-loss-weight=10",
     "cluster dropout": "expert-clusters=4 cluster-expert-dropout=0.5 cluster-expert-dropout-interval=2",
@@ -118,7 +120,13 @@ def test_each_method_is_a_configuration(runs, method):
     assert all(math.isfinite(float(record["loss"])) for record in inner)
     assert math.isfinite(float(records(output, "valid")[-1]["valid_loss"]))
     last, options = inner[-1], METHODS[method]
-    assert ("load_balance_loss" in last) == (not method.startswith("dense"))
+    balances = {name for name in last if name.endswith("balance_loss")}
+    if method.startswith("dense"):
+        assert not balances
+    elif method.startswith("SMILE"):
+        assert balances == {"node_balance_loss", "inner_balance_loss"}
+    else:
+        assert balances == {"load_balance_loss"}
     assert ("cmr_loss" in last) == ("cmr=true" in options)
     assert ("cluster_variance_loss" in last) == ("expert-clusters" in options)
 

@@ -352,8 +352,8 @@ def routing(load_balance, gate=None, **losses):
 
 def make_criterion(task, **weights):
     given = {
-        "load_balance_loss_weight": 0.01, "router_z_loss_weight": 0.0, "cluster_variance_loss_weight": 0.0,
-        "cmr_loss_weight": 0.1, "cmr_budget": 0.8,
+        "load_balance_loss_weight": 0.01, "node_balance_loss_weight": 0.005, "inner_balance_loss_weight": 0.005,
+        "router_z_loss_weight": 0.0, "cluster_variance_loss_weight": 0.0, "cmr_loss_weight": 0.1, "cmr_budget": 0.8,
     }  # fmt: skip
     return MtmoeLabelSmoothedCrossEntropy(task, label_smoothing=0.1, sentence_avg=False, **{**given, **weights})
 

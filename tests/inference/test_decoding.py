@@ -120,19 +120,20 @@ def test_agrees_with_the_obvious_search(
     beam=st.integers(1, 4),
     moe=st.booleans(),
     lengths=st.lists(st.integers(2, 7), min_size=1, max_size=3),
+    start=st.lists(st.integers(2, 15), min_size=1, max_size=3),
 )
-def test_transformer_with_cache_agrees_with_whole_prefixes(seed, beam, moe, lengths):
+def test_transformer_with_cache_agrees_with_whole_prefixes(seed, beam, moe, lengths, start):
     # Keys of other hypotheses lie in the cache: only the right mask gives the scores of the prefix alone.
     config = toy_config(vocabulary_size=16, moe=moe)
     model = Transformer.from_tensors(config, toy_tensors(config, seed))
     generator = torch.Generator().manual_seed(seed)
     sources = [[*torch.randint(4, 16, (length - 1,), generator=generator).tolist(), 2] for length in lengths]
     options = SearchOptions(beam=beam, max_length_b=6)
-    found = search(model, pad(sources), torch.full((len(sources),), 5), options, max_positions=64)
+    found = search(model, pad(sources), torch.tensor([start] * len(sources)), options, max_positions=64)
     for source, hypotheses in zip(sources, found, strict=True):
 
         def scores(prefix, source=source):
-            logits = model(torch.tensor([source]), torch.tensor([[5, *prefix]]))
+            logits = model(torch.tensor([source]), torch.tensor([[*start, *prefix]]))
             return logits[0, -1].log_softmax(-1).tolist()
 
         assert_same(hypotheses, beam_search(scores, beam=beam, greatest_length=6))

@@ -29,6 +29,7 @@ METHODS = {
     "CMR and EOM": "--cmr --eom 0.2",
     "MoEC": "--gate moec --top-k 1 --normalize-weights none --expert-clusters 2 --cluster-expert-dropout 0.5 "
     "--cluster-expert-dropout-interval 10 --cluster-variance-loss-weight 0.01",
+    "SMILE": "--gate bilevel --expert-nodes 2 --top-k 2 --normalize-weights none",
 }
 TRAINING = (
     "--task mtmoe_translation --criterion mtmoe_label_smoothed_cross_entropy --label-smoothing 0.1 --optimizer adam "

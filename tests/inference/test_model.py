@@ -21,6 +21,7 @@ SHAPES = {
     "own encoder embedding": {"share_all_embeddings": False},
     "moe": {"moe": True},
     "MoEC": {"moec": True},
+    "SMILE": {"bilevel": True},
 }
 
 

@@ -124,6 +124,10 @@ def test_a_late_first_choice_comes_before_an_early_second_choice():  # T8
         ({"eval_capacity_token_fraction": 1.0}, 10, False, 10),
         ({"eval_capacity_token_fraction": 0.25, "capacity_factor": 1.0}, 10, True, 6),
         ({"eval_capacity_token_fraction": 0.01}, 1, False, 1),
+        ({"eval_capacity": 3}, 100, False, 3),
+        ({"eval_capacity": 3}, 100, True, None),
+        ({"eval_capacity": 3, "eval_capacity_factor": 5.0}, 100, False, 3),
+        ({"eval_capacity": 3, "eval_capacity_token_fraction": 0.25}, 100, False, 25),
     ],
 )
 def test_capacity(options, tokens, training, expected):

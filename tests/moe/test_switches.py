@@ -28,6 +28,7 @@ METHODS = {
         "jitter": 0.1,
         "eom": 0.3,
     },
+    "SMILE": {"gate": "bilevel", "expert_nodes": 2, "normalize_weights": "none", "second_expert_policy": "random"},
     "all": {
         "dropout": 0.1,
         "jitter": 0.01,
@@ -103,8 +104,7 @@ def test_rate_0_is_the_plain_layer_to_the_bit(rate, training, scale, cmr):
 def test_losses_are_computed_in_evaluation_too(options):
     case = make_case(small(**options), 15, padding="random")
     output = case.layer.eval()(case.x, case.padding)
-    assert output.losses["load_balance"] > 0
-    assert output.losses["router_z"] > 0
+    assert all(loss > 0 for name, loss in output.losses.items() if name != "cluster_variance")
     assert output.losses.keys() == case.layer.train()(case.x, case.padding).losses.keys()
 
 

@@ -37,13 +37,13 @@ def exchange_rows(rank: int) -> None:
     for seed, dtype in enumerate([torch.float64, torch.float32, torch.bfloat16] * 3):
         counts = rows_between(seed, WORLD)
         send, receive = counts[rank], [row[rank] for row in counts]
-        segments = parallel.segments(torch.tensor([number for n in send for number in (n, 0)]))
+        segments = parallel.whole.segments(torch.tensor([number for n in send for number in (n, 0)]))
         assert (segments.sent, segments.received) == (send, receive)
         assert segments.received_per_expert.tolist() == [[number, 0] for number in receive]
         x = torch.tensor([[value(rank, to, i)] * 3 for to in range(WORLD) for i in range(send[to])], dtype=dtype)
         x = x.view(-1, 3).requires_grad_()
         before = parallel.traffic.same_host, parallel.traffic.other_hosts, parallel.traffic.to_itself
-        arrived = parallel.exchange(x, send, receive)
+        arrived = parallel.whole.exchange(x, send, receive)
         after = parallel.traffic.same_host, parallel.traffic.other_hosts, parallel.traffic.to_itself
         near = sum(send[to] for to in range(WORLD) if to // 2 == rank // 2 and to != rank)
         far = sum(send[to] for to in range(WORLD) if to // 2 != rank // 2)

@@ -30,9 +30,33 @@ def test_every_expert_is_once_in_each_group_and_groups_are_a_partition(world, si
 
 
 def test_hosts_tell_near_ranks_from_far_ones():
-    assert layout(4, 4, 1, hosts=(0, 0, 1, 1)).on_own_host() == (True, True, False, False)
-    assert layout(4, 2, 3, hosts=(0, 1, 0, 1)).on_own_host() == (False, True)
-    assert layout(4, 2, 3).on_own_host() == (True, True)
+    assert layout(4, 4, 1, hosts=(0, 0, 1, 1)).on_own_host(range(4)) == (True, True, False, False)
+    assert layout(4, 2, 3, hosts=(0, 1, 0, 1)).on_own_host([2, 3]) == (False, True)
+    assert layout(4, 2, 3).on_own_host([2, 3]) == (True, True)
+
+
+def test_hosts_cut_groups_into_nodes_and_places():
+    both = layout(8, 4, 0, hosts=(0, 0, 1, 1, 2, 2, 0, 0))
+    assert both.nodes == 2
+    assert [list(group) for group in both.across_groups()] == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert [list(group) for group in both.within_groups()] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [list(group) for group in layout(2, 2, 0, hosts=(0, 1)).across_groups()] == [[0, 1]]
+    assert (layout(4, 4, 0).nodes, layout(4, 2, 0, hosts=(0, 0, 1, 1)).nodes) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "hosts"),
+    [
+        (4, (0, 1, 0, 1)),  # not one after the other
+        (4, (0, 0, 0, 1)),  # unequally many
+        (4, (0, 0, 1, 2)),
+        (2, (0, 0, 1, 2)),  # one group on one host, one on two
+    ],
+)
+def test_unlike_hosts_are_refused(size, hosts):
+    text = f"equally many consecutive ranks of each group of {size}, but the hosts of the ranks are 0, "
+    with pytest.raises(ConfigError, match=text):
+        _ = layout(4, size, 0, hosts=hosts).nodes
 
 
 @pytest.mark.parametrize(

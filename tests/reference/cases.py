@@ -18,6 +18,10 @@ from reference.compare import gradients
 
 PADDINGS = ("none", "random", "right", "all")
 CROWDS = ("spread", "one_expert", "two_groups")
+LOSS_WEIGHTS = {
+    "load_balance": 0.7, "node_balance": 0.5, "inner_balance": 0.8, "router_z": 0.3, "cluster_variance": 1.1,
+}  # fmt: skip
+"""Of each loss in the sum whose gradient is taken; all differ, so that none passes for another."""
 
 
 @dataclass
@@ -114,15 +118,28 @@ def clustered(draw: Callable, config: MoEConfig) -> MoEConfig:
 
 
 @st.composite
+def bilevel(draw: Callable, config: MoEConfig) -> MoEConfig:
+    """The same config with SMILE's gate."""
+    nodes, size = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3, 4]))
+    return replace(
+        config, gate="bilevel", expert_nodes=nodes, num_experts=nodes * size, top_k=min(config.top_k, size),
+        normalize_weights="none",
+    )  # fmt: skip
+
+
+@st.composite
 def cases(
     draw: Callable,
     policies: tuple[str, ...] = ("all", "threshold"),
     cmr: bool | None = None,
     max_tokens: int = 21,
     clusters: bool = False,
+    nodes: bool = False,
 ) -> Case:
-    """A layer with input whose routing does not hang on rounding; `clusters` adds MoEC's options."""
+    """A layer with input whose routing does not hang on rounding; `clusters` adds MoEC's options, `nodes` SMILE's."""
     config = draw(configs(policies, cmr))
+    if nodes:
+        config = draw(bilevel(config))
     if clusters:
         config = draw(clustered(config))
     case = make_case(
@@ -141,13 +158,15 @@ def clear_cut(case: Case, gap: float = 2e-5) -> bool:
     config = case.config
     with torch.no_grad():
         logits = case.layer.eval().gate.logits(case.x)
-    ranked = logits.sort(dim=-1).values
-    clear = bool((ranked.diff(dim=-1) > gap).all())
-    probs = logits.softmax(dim=-1)
+    levels = [logits]
+    if config.gate == "bilevel":
+        levels = list(logits.split([config.expert_nodes, config.node_experts], dim=1))
+    clear = all(bool((level.sort(dim=-1).values.diff(dim=-1) > gap).all()) for level in levels)
     if config.batch_prioritized:
-        clear &= bool((probs.amax(dim=-1).sort().values.diff() > gap).all())
+        best = torch.stack([level.softmax(dim=-1).amax(dim=-1) for level in levels]).prod(dim=0)
+        clear &= bool((best.sort().values.diff() > gap).all())
     if config.second_expert_policy == "threshold":
-        top = probs.topk(config.top_k, dim=-1).values
+        top = levels[-1].softmax(dim=-1).topk(config.top_k, dim=-1).values
         share = top / top.sum(dim=-1, keepdim=True)
         clear &= bool(((share - config.second_expert_threshold).abs() > gap).all())
     return clear
@@ -157,9 +176,9 @@ def value_and_gradients(
     y: Tensor, losses: dict[str, Tensor], gate_sum: Tensor | None, direction: Tensor, inputs: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Output, losses and the gradients of a mixture of all of them, by name."""
-    total = (y.double() * direction).sum() + 0.7 * losses["load_balance"].double() + 0.3 * losses["router_z"].double()
-    if "cluster_variance" in losses:
-        total = total + 1.1 * losses["cluster_variance"].double()
+    total = (y.double() * direction).sum()
+    for name, loss in losses.items():
+        total = total + LOSS_WEIGHTS[name] * loss.double()
     found = {"y": y, **losses}
     if gate_sum is not None:
         total = total + 0.9 * gate_sum.double()

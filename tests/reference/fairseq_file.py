@@ -76,3 +76,13 @@ def fairseq_state(model: StoredModel, data: Path | None = None) -> dict[str, Any
         "extra_state": {"train_iterator": {"epoch": 1}, "val_loss": 2.5, "metrics": OrderedDict()},
         "last_optimizer_state": {"state": {0: {"step": 7, "exp_avg": torch.zeros(3)}}, "param_groups": []},
     }
+
+
+class Hostile:
+    """Calls a function, such as os.system, when it is unpickled."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call

@@ -8,6 +8,7 @@ import sentencepiece
 import torch
 
 from mtmoe.checkpoint import LanguageSet, StoredModel, TransformerConfig
+from mtmoe.checkpoint.checksums import write_checksums
 from mtmoe.checkpoint.stored import expected_shapes
 from mtmoe.moe import MoEConfig
 
@@ -48,7 +49,8 @@ def write_toy_vocabulary(folder: Path) -> Path:
 
 
 def toy_config(**changes) -> TransformerConfig:
-    """A small dense shape; every second layer gets four experts with CMR and EOM by `moe`, with MoEC by `moec`."""
+    """A small dense shape; every second layer gets four experts with CMR and EOM by `moe`, with MoEC by `moec`,
+    with SMILE by `bilevel`."""
     experts = None
     if changes.pop("moe", False):
         experts = MoEConfig(d_model=16, d_ffn=24, num_experts=4, top_k=2, eom=0.2, cmr=True)
@@ -57,6 +59,10 @@ def toy_config(**changes) -> TransformerConfig:
             d_model=16, d_ffn=24, num_experts=4, gate="moec", top_k=1, normalize_weights="none", cosine_gate_dim=5,
             expert_clusters=2, cluster_expert_dropout=0.5,
         )  # fmt: skip
+    if changes.pop("bilevel", False):
+        experts = MoEConfig(
+            d_model=16, d_ffn=24, num_experts=4, gate="bilevel", expert_nodes=2, top_k=2, normalize_weights="none"
+        )
     if experts is not None:
         changes = {
             "encoder_moe": experts,
@@ -107,3 +113,20 @@ def toy_model(vocabulary: Path, seed: int = 1, **changes) -> StoredModel:
     config = toy_config(**({"vocabulary_size": rows} | changes))
     languages = LanguageSet(LANGUAGES, DIRECTIONS, "src")
     return StoredModel(config, toy_tensors(config, seed), vocabulary / "dict.txt", vocabulary / "spm.model", languages)
+
+
+def seal(folder: Path) -> None:
+    """Give a changed model folder the checksums of what it holds now."""
+    names = {path.name for path in folder.iterdir()} - {"checksums.json", "README.md"}
+    write_checksums(folder, dict.fromkeys(names, ""))
+
+
+def as_version_1(folder: Path) -> None:
+    """Make a model folder what version 1 would have written."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({"format": "mtmoe", "version": 1, "model": values["model"]}))
+    languages = json.loads((folder / "languages.json").read_text(encoding="utf-8"))
+    del languages["decoder_start"]
+    (folder / "languages.json").write_text(json.dumps(languages))
+    for name in ("checksums.json", "README.md"):
+        (folder / name).unlink()

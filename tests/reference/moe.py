@@ -99,10 +99,19 @@ def moe_layer(
     tokens = len(x)
     real = [token for token in range(tokens) if not padding[token]]
     logits = cosines(parameters, x) / 0.07 if config.gate == "moec" else x @ parameters["gate.weight"].T
+    levels = list(logits.split([config.expert_nodes, config.node_experts], 1)) if config.gate == "bilevel" else []
     experts = list(range(config.num_experts)) if survivors is None else survivors
     absent = [number for number in range(config.num_experts) if number not in experts]
-    probs = torch.softmax(logits.index_fill(1, torch.tensor(absent, dtype=torch.int64), -math.inf), dim=-1)
+    if levels:
+        probs = joint(*levels)
+    else:
+        probs = torch.softmax(logits.index_fill(1, torch.tensor(absent, dtype=torch.int64), -math.inf), dim=-1)
 
+    if chosen is None and levels:
+        chosen = [
+            [None] * config.top_k if padding[token] else best_inside(*(level[token] for level in levels), config)
+            for token in range(tokens)
+        ]
     if chosen is None:
         chosen = []
         for token in range(tokens):
@@ -146,6 +155,8 @@ def moe_layer(
         statistics["cmr_gate_sum"], statistics["cmr_gate_count"] = gate_sum, torch.tensor(len(real))
 
     firsts = best_experts_of_all(probs, padding)
+    if levels:
+        return Reference(y, two_balances(*levels, padding, config), chosen, kept, weights, capacity, statistics)
     losses = {
         "load_balance": load_balance(probs[:, experts], positions(firsts, experts), padding,
                                      config.load_balance_include_padding),
@@ -154,6 +165,39 @@ def moe_layer(
     if config.expert_clusters:
         losses["cluster_variance"] = cluster_variance(probs, experts, real, config)
     return Reference(y, losses, chosen, kept, weights, capacity, statistics)
+
+
+def joint(node_logits: Tensor, inner_logits: Tensor) -> Tensor:
+    """SMILE: (tokens, experts) probability of a node times that of a place in it."""
+    p, q = torch.softmax(node_logits, dim=-1), torch.softmax(inner_logits, dim=-1)
+    return torch.stack([p[:, i] * q[:, j] for i in range(p.shape[1]) for j in range(q.shape[1])], dim=1)
+
+
+def best_inside(node_logits: Tensor, inner_logits: Tensor, config: MoEConfig) -> list[int | None]:
+    """SMILE: the best node of a token, and the best places there, by the policy; as numbers of experts."""
+    node = best_experts(node_logits.tolist(), 1)[0]
+    places: list[int | None] = list(best_experts(inner_logits.tolist(), config.top_k))
+    if config.second_expert_policy == "threshold":
+        exponentials = [math.exp(inner_logits[place].item()) for place in places]
+        for choice in range(1, config.top_k):
+            if exponentials[choice] / sum(exponentials) <= config.second_expert_threshold:
+                places[choice] = None
+    return [None if place is None else node * config.node_experts + place for place in places]
+
+
+def two_balances(
+    node_logits: Tensor, inner_logits: Tensor, padding: list[bool], config: MoEConfig
+) -> dict[str, Tensor]:
+    """SMILE: the balance of each level as if the other did not exist, and the z-losses of routers with a choice."""
+    real = [token for token in range(len(padding)) if not padding[token]]
+    losses, total = {}, node_logits.sum() * 0
+    for name, logits in (("node_balance", node_logits), ("inner_balance", inner_logits)):
+        probs = torch.softmax(logits, dim=-1)
+        firsts = best_experts_of_all(probs, padding)
+        losses[name] = load_balance(probs, firsts, padding, config.load_balance_include_padding)
+        if logits.shape[1] > 1:
+            total = total + router_z(logits, real)
+    return losses | {"router_z": total}
 
 
 def cosines(parameters: dict[str, Tensor], x: Tensor) -> Tensor:

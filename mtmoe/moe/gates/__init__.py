@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from mtmoe.moe.config import MoEConfig
+from mtmoe.moe.gates.bilevel import BiLevelGate
 from mtmoe.moe.gates.cosine import CosineGate
 from mtmoe.moe.gates.topk import TopKGate
 from mtmoe.parallel import ExpertParallel
 
-__all__ = ["GATES", "CosineGate", "TopKGate", "build_gate"]
+__all__ = ["GATES", "BiLevelGate", "CosineGate", "TopKGate", "build_gate"]
 
-GATES: dict[str, type[TopKGate]] = {"topk": TopKGate, "moec": CosineGate}
+GATES: dict[str, type[TopKGate]] = {"topk": TopKGate, "moec": CosineGate, "bilevel": BiLevelGate}
 """Name -> gate: a module with ``forward(x, real, survivors, keys) -> RoutingDecision``."""
 
 

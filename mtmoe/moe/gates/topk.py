@@ -18,13 +18,14 @@ from mtmoe.parallel import ExpertParallel
 
 
 class TopKGate(nn.Module):
-    """Send each token to the `top_k` experts with the highest logits of one linear map without bias.
+    """Send each token to the `top_k` experts with the highest logits of one linear map; it has a bias if `gate_bias`.
 
     Args:
         config: of the layer.
         backend: forces an implementation, as in `MoELayer`.
         parallel: the ranks whose batches the losses are over; None for this process alone.
-        width: of an expert's row of weights; None takes d_model.
+        width: of a row of weights; None takes d_model.
+        rows: of weights; None takes one for each expert.
 
     Sources: Lepikhin et al. 2020 (GShard), Fedus et al. 2021 (Switch), NLLB Team 2022.
     """
@@ -35,10 +36,12 @@ class TopKGate(nn.Module):
         backend: str | None = None,
         parallel: ExpertParallel | None = None,
         width: int | None = None,
+        rows: int | None = None,
     ) -> None:
         super().__init__()
         self.config, self.backend, self.parallel = config, backend, parallel
-        self.weight = nn.Parameter(torch.empty(config.num_experts, width or config.d_model))
+        self.weight = nn.Parameter(torch.empty(rows or config.num_experts, width or config.d_model))
+        self.bias = nn.Parameter(torch.zeros(len(self.weight))) if config.gate_bias else None
         nn.init.uniform_(self.weight, -1 / math.sqrt(config.d_model), 1 / math.sqrt(config.d_model))
 
     def forward(
@@ -87,7 +90,11 @@ class TopKGate(nn.Module):
             if self.training and self.config.jitter > 0:
                 x = x * self._jitter(x, keys)
             weight = self.weight.to(x.dtype)
-            return self.scores(x, weight if survivors is None else weight[survivors])
+            logits = self.scores(x, weight if survivors is None else weight[survivors])
+            if self.bias is not None:
+                bias = self.bias.to(x.dtype)
+                logits = logits + (bias if survivors is None else bias[survivors])
+            return logits
 
     def scores(self, x: Tensor, weight: Tensor) -> Tensor:
         """Compare tokens with rows of weights: (tokens, d_model), (experts, width) -> (tokens, experts)."""
@@ -138,8 +145,7 @@ class TopKGate(nn.Module):
     def _sums(self, choice: ExpertChoice, real: Tensor | None) -> _Sums:
         """What the losses are made of: over the tokens of this process, or of all ranks."""
         config, counts, everyone = self.config, choice.counts, len(choice.gate_probs)
-        # Each real token has one first choice.
-        tokens: Tensor | int = everyone if real is None else counts.first_choice_per_expert.sum()
+        tokens: Tensor | int = everyone if real is None else real.sum()
         include_padding = config.load_balance_include_padding and (real is not None or self.parallel is not None)
         padded = choice.gate_probs.sum(dim=0) if include_padding else None
         gap = None

@@ -184,3 +184,13 @@ def test_initial_weights_are_small_and_differ():
     weight = gate_of(num_experts=50, d_model=64).weight
     assert weight.abs().max() <= 1 / 8
     assert len(weight.unique(dim=0)) == 50
+
+
+def test_a_bias_is_added_to_the_logits():
+    gate, plain = gate_of(gate_bias=True), gate_of()
+    assert dict(gate.named_parameters()).keys() == {"weight", "bias"}
+    gate.load_state_dict({"weight": plain.weight, "bias": torch.tensor([0.0, 3.0, -1.0, 0.5, 0.0])})
+    x = torch.randn(7, 6)
+    assert_close(gate.logits(x), plain.logits(x) + gate.bias, torch.float32)
+    survivors = torch.tensor([1, 3])
+    assert_close(gate.logits(x, survivors), gate.logits(x)[:, survivors], torch.float32)
