@@ -115,6 +115,15 @@ class MtmoeAdamW(FairseqOptimizer):
         """Never touch the experts' weights again; for an optimiser that is being replaced."""
         self._optimizer.release()
 
+    def share_experts(self, parallel: ExpertParallel, scale: str) -> None:
+        """Leave experts to the ranks that hold them.
+
+        Args:
+            parallel: the ranks.
+            scale: of their gradients, one of `mtmoe.parallel.EXPERT_GRADIENT_SCALES`.
+        """
+        self._parallel, self._scale = parallel, scale
+
     def prepare(self, model: nn.Module, group: Any, sharded: bool) -> None:
         """Get ready for a state from a checkpoint, so that none of it lies where it is not to stay.
 
