@@ -2,16 +2,17 @@
 
     python -m benchmarks.faults --kills 10
 
-trains a small model on made-up data: two processes that share out the experts, with a checkpoint every few updates. Each
-time that the processes have come up, one of them is killed with SIGKILL: while they start, after some updates, or while
-a checkpoint is being written. Which one, and when, follows from ``--seed``. Then every update must be in the log, each
-with the figures of the unbroken run, whenever and however often it was made; each start must go on from the newest
-checkpoint that was complete; and the last checkpoints of both runs must be equal bit by bit.
+trains a small model on made-up data: two processes that share out the experts, with a checkpoint every few updates.
+Each time that the processes have come up, one of them is killed with SIGKILL: while they start, after some updates, or
+while a checkpoint is being written. Which one, and when, follows from ``--seed``. Then every update must be in the
+log, each with the figures of the unbroken run, whenever and however often it was made; each start must go on from the
+newest checkpoint that was complete; and the last checkpoints of both runs must be equal bit by bit.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -201,8 +202,8 @@ class Killer:
         return log.read_bytes().count(b"| train_inner |") if log.exists() else 0
 
     def _complete(self) -> int:
-        names = (self.folder / "checkpoints").glob("checkpoint_*_*")
-        found = [re.fullmatch(r"checkpoint_\d+_(\d+)", name.name) for name in names if (name / "manifest.json").exists()]
+        manifests = (self.folder / "checkpoints").glob("checkpoint_*/manifest.json")
+        found = [re.fullmatch(r"checkpoint_\d+_(\d+)", manifest.parent.name) for manifest in manifests]
         return max((int(match[1]) for match in found if match), default=0)
 
 
@@ -269,7 +270,7 @@ def problems(unbroken: Path, broken: Path, kills: Sequence[Kill], updates: int) 
             if record[name] != wanted[name]
         ]
     resumable = [kill.resumable for kill in kills]
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in itertools.pairwise(found):
         last, first = before["num_updates"], after["num_updates"]
         if first == last + 1:
             continue
