@@ -80,7 +80,6 @@ class Outcome:
 
     status: int
     kills: Sequence[Kill]
-    seconds: float
     output: str
 
 
@@ -109,7 +108,7 @@ def train(folder: Path, data: Path, updates: int, kills: int = 0, seed: int = 1)
     words = [sys.executable, "-m", "mtmoe", "train", write_preset(folder, data, updates), "--nproc", PROCESSES]
     words += ["--max-restarts", kills]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    printed, begun = folder.with_suffix(".out"), time.monotonic()
+    printed = folder.with_suffix(".out")
     with printed.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(list(map(str, words)), stdout=output, stderr=output, env=environment)
         try:
@@ -117,8 +116,7 @@ def train(folder: Path, data: Path, updates: int, kills: int = 0, seed: int = 1)
             status = process.wait(timeout=LIFE_SECONDS)
         finally:
             process.kill()  # whatever it has started ends with it
-    seconds = time.monotonic() - begun
-    return Outcome(status, done, seconds, printed.read_text(encoding="utf-8", errors="replace"))
+    return Outcome(status, done, printed.read_text(encoding="utf-8", errors="replace"))
 
 
 class Killer:
@@ -303,7 +301,7 @@ def describe(outcome: Outcome, found: Sequence[Mapping[str, Any]], updates: int)
     return "\n".join([
         *lines,
         f"{len(outcome.kills)} kills, {writing} of them while a checkpoint was being written; {updates} updates, of "
-        f"which {again} were made again; {outcome.seconds:.0f} s",
+        f"which {again} were made again",
     ])  # fmt: skip
 
 

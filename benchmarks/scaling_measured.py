@@ -321,10 +321,11 @@ def report(found: Mapping[Setting, Sequence[Measured]], gpu: Gpu, cores: int) ->
         ])  # fmt: skip
     return (
         table(header, rows)
-        + f"\n*x*: tokens/s over those of one process; on hosts, over those of top-2 in the same place. MB are of all "
-        f"processes in an update, as counted where rows are sent. One core has {gpu.flops['single'] / 1e9:,.0f} "
-        f"GFLOP/s, of which the first row reaches {utilisation:.2f}, and loopback {gpu.network_in_node / 1e9:.1f} GB/s; "
-        f"where there are more processes than the {cores} cores, the plan takes equal shares of them.\n"
+        + "\n*x*: tokens/s over those of one process; on hosts, over those of top-2 in the same place. MB are of all "
+        "processes in an update, as counted where rows are sent. One core has "
+        f"{gpu.flops['single'] / 1e9:,.0f} GFLOP/s, of which the first row reaches {utilisation:.2f}, and loopback "
+        f"{gpu.network_in_node / 1e9:.1f} GB/s; where there are more processes than the {cores} cores, the plan takes "
+        "equal shares of them.\n"
     )
 
 
