@@ -192,8 +192,8 @@ def share(model: Any, optimizer: Any, parallel: ExpertParallel, scale: str) -> N
             "--expert-parallel-size above 1 needs --ddp-backend legacy_ddp: the others average experts over all "
             "processes, though each has its own"
         )
-    narrow = any(parameter.dtype != torch.float32 for parameter in model.parameters())
-    if narrow or not hasattr(optimizer, "share_experts"):
+    narrow = (torch.float16, torch.bfloat16)
+    if not hasattr(optimizer, "share_experts") or any(parameter.dtype in narrow for parameter in optimizer.params):
         raise ConfigError(
             "--expert-parallel-size above 1 needs --optimizer mtmoe_adamw, without --fp16, --bf16 or --amp; "
             "--autocast bfloat16 works"

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("mtmoe.commands.inspect", "show a model's size, layers, experts, languages, history and figures"),
     "average": ("mtmoe.commands.average", "average the weights of several checkpoints or model folders"),
     "routing": ("mtmoe.commands.routing", "count which experts each direction's tokens choose, by layer"),
+    "prune": ("mtmoe.commands.prune", "remove experts that some languages, or all, need least, or merge them"),
     "plugin-dir": ("mtmoe.commands.plugin_dir", "print the folder to give to fairseq as --user-dir"),
 }
 """Name of a command -> its module and its line in ``mtmoe --help``."""

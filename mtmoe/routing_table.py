@@ -25,6 +25,10 @@ FORMAT = 1
 SIDES = ("encoder", "decoder")
 """Where a layer stands."""
 
+ANY = "*"
+"""In a table by language, stands for all partners: ``de-*`` is all tokens of the encoder with source ``de``, ``*-de``
+all tokens of the decoder with target ``de``."""
+
 Counts = NDArray[np.int64]
 Sums = NDArray[np.float64]
 
@@ -76,6 +80,16 @@ class LayerRouting:
         return self._over_tokens(self.second)
 
     @property
+    def load(self) -> Sums:
+        """(rows, num_experts) an expert's share of the work: of all first and second choices; 1 / num_experts if even.
+
+        A row sums to 1, or 0 if empty.
+        """
+        chosen = self.first + self.second
+        shares: Sums = chosen / np.maximum(chosen.sum(axis=1, keepdims=True), 1)
+        return shares
+
+    @property
     def mean_probability(self) -> Sums:
         """(rows, num_experts) mean gate probability of an expert over all tokens."""
         return self._over_tokens(self.probability)
@@ -94,6 +108,13 @@ class LayerRouting:
     def experts_share(self) -> Sums | None:
         """(rows,) mean CMR gate: the share of the experts, as against the shared network; None without CMR."""
         return None if self.cmr_gate is None else self.cmr_gate / np.maximum(self.tokens, 1)
+
+    def rows_of(self, index: Sequence[int]) -> LayerRouting:
+        """Some of the rows, in the order of `index`."""
+        chosen: dict[str, Any] = {
+            name: None if (rows := getattr(self, name)) is None else rows[list(index)] for name in _SUMMED
+        }
+        return LayerRouting(self.side, self.layer, **chosen)
 
     def grouped(self, group: NDArray[np.int64], groups: int) -> LayerRouting:
         """Add rows up.
@@ -124,7 +145,8 @@ class RoutingTable:
     """The routing of a model over some text."""
 
     rows: tuple[str, ...]
-    """Directions as ``en-de``, or languages once they are grouped; the first axis of every array of the layers."""
+    """Directions as ``en-de``, or ``en-*`` and ``*-de`` where a table counts by language (`ANY`), or languages once
+    they are grouped; the first axis of every array of the layers."""
     sentences: tuple[int, ...]
     """Segments of each row."""
     layers: tuple[LayerRouting, ...]
@@ -168,11 +190,22 @@ class RoutingTable:
 
     def by_source(self) -> RoutingTable:
         """Rows are source languages: what encoder layers depend on most."""
-        return self.grouped(lambda direction: direction.partition("-")[0])
+        return self.grouped(lambda direction: direction.partition("-")[0])._without(ANY)
 
     def by_target(self) -> RoutingTable:
         """Rows are target languages: what decoder layers depend on most."""
-        return self.grouped(lambda direction: direction.partition("-")[2])
+        return self.grouped(lambda direction: direction.partition("-")[2])._without(ANY)
+
+    def _without(self, row: str) -> RoutingTable:
+        if row not in self.rows:
+            return self
+        index = [place for place, name in enumerate(self.rows) if name != row]
+        return RoutingTable(
+            tuple(self.rows[place] for place in index),
+            tuple(self.sentences[place] for place in index),
+            tuple(layer.rows_of(index) for layer in self.layers),
+            self.model,
+        )
 
     def _sum_rows(self, group: Sequence[int], rows: tuple[str, ...]) -> RoutingTable:
         index = np.asarray(group, dtype=np.int64)

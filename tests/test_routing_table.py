@@ -6,24 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reference.routing import make_table
 
 from mtmoe.errors import DataError
 from mtmoe.routing_table import LayerRouting, RoutingTable
-
-
-def make_table(rows, seed=0, *, experts=(4, 3), cmr=True, model="m"):
-    """A table of routing that could have been, 7 to 40 tokens a row."""
-    rng = np.random.default_rng(seed)
-    layers = []
-    for number, (side, count) in enumerate(zip(("encoder", "decoder"), experts, strict=True)):
-        tokens = rng.integers(7, 40, len(rows))
-        first = np.stack([np.bincount(rng.integers(0, count, size), minlength=count) for size in tokens])
-        second = np.stack([np.bincount(rng.integers(0, count, size), minlength=count) for size in tokens])
-        confidence = first * rng.uniform(0.5, 1, first.shape)
-        gate = tokens * rng.uniform(0, 1, len(rows)) if cmr else None
-        probability = confidence + rng.uniform(0, 1, first.shape)
-        layers.append(LayerRouting(side, number, tokens, first, second, confidence, second * 0.3, probability, gate))
-    return RoutingTable(tuple(rows), tuple(range(1, len(rows) + 1)), tuple(layers), model)
 
 
 def assert_equal(a, b):
@@ -70,6 +56,15 @@ def test_grouping_by_language():
     np.testing.assert_array_equal(source.layers[1].tokens, table.layers[1].tokens)
 
 
+def test_a_table_by_language_groups_as_one_by_direction_would():
+    table = make_table(["de-*", "en-*", "*-de", "*-mk"])
+    source, target = table.by_source(), table.by_target()
+    assert (source.rows, target.rows) == (("de", "en"), ("de", "mk"))
+    assert (source.sentences, target.sentences) == ((1, 2), (3, 4))
+    np.testing.assert_array_equal(source.layers[0].first, table.layers[0].first[:2])
+    np.testing.assert_array_equal(target.layers[1].probability, table.layers[1].probability[2:])
+
+
 def test_confidence_is_over_the_tokens_that_chose():
     layer = LayerRouting(
         "encoder",
@@ -85,6 +80,7 @@ def test_confidence_is_over_the_tokens_that_chose():
     np.testing.assert_allclose(layer.conf2, [[0.0, 0.3, 0.2]])
     np.testing.assert_allclose(layer.top1, [[0.75, 0.25, 0.0]])
     np.testing.assert_allclose(layer.mean_probability, [[0.7, 0.225, 0.075]])
+    np.testing.assert_allclose(layer.load, [[3 / 7, 3 / 7, 1 / 7]])
     assert layer.experts_share is None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from mtmoe.errors import CheckpointError
@@ -15,10 +15,16 @@ ACTIVATIONS = ("relu", "gelu")
 MOST_LAYERS = 1000
 """More on a side is taken for a damaged file: reading it would only fill memory."""
 
+PRUNED_FIELDS = ("encoder_layer_experts", "decoder_layer_experts")
+"""Fields of pruned models only: left out of ``config.json`` where they are None, so that earlier versions read it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerConfig:
-    """An encoder–decoder Transformer whose layers are dense or MoE. No field has a default: a model knows its shape."""
+    """An encoder–decoder Transformer whose layers are dense or MoE.
+
+    A model knows its shape: only what pruning adds has a default.
+    """
 
     vocabulary_size: int
     """Rows of the embedding: four special symbols, the pieces, the language tags."""
@@ -66,6 +72,11 @@ class TransformerConfig:
     """The MoE layers of the encoder; None iff it has none."""
     decoder_moe: MoEConfig | None
     """The MoE layers of the decoder; None iff it has none."""
+    encoder_layer_experts: tuple[int, ...] | None = None
+    """Experts of each MoE layer of the encoder, in order, where pruning has left fewer in some; the greatest is
+    encoder_moe.num_experts. None: all have encoder_moe.num_experts."""
+    decoder_layer_experts: tuple[int, ...] | None = None
+    """As encoder_layer_experts, for the decoder."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -95,6 +106,7 @@ class TransformerConfig:
                 raise ValueError(f"{side}_moe must be given exactly when {side}_moe_freq makes a layer of it MoE")
             if moe is not None and moe.d_model != self.d_model:
                 raise ValueError(f"{side}_moe.d_model={moe.d_model} must be d_model={self.d_model}")
+            self._check_layer_experts(side)
 
     def is_moe(self, side: str, layer: int) -> bool:
         """Whether a layer has experts.
@@ -106,9 +118,30 @@ class TransformerConfig:
         frequency: int = getattr(self, f"{side}_moe_freq")
         return frequency > 0 and (layer + 1) % frequency == 0
 
+    def moe_layers(self, side: str) -> tuple[int, ...]:
+        """Numbers of the layers of a side that have experts, rising."""
+        return tuple(layer for layer in range(getattr(self, f"{side}_layers")) if self.is_moe(side, layer))
+
+    def moe_of(self, side: str, layer: int) -> MoEConfig:
+        """The configuration of one MoE layer, with its own number of experts.
+
+        Args:
+            side: "encoder" or "decoder".
+            layer: its number, from 0; it must be MoE.
+        """
+        moe: MoEConfig | None = getattr(self, f"{side}_moe")
+        if moe is None or not self.is_moe(side, layer):
+            raise ValueError(f"{side} layer {layer} is dense")
+        counts: tuple[int, ...] | None = getattr(self, f"{side}_layer_experts")
+        if counts is None:
+            return moe
+        # Layer i is MoE iff (i + 1) % frequency == 0, so the MoE layers before it are i // frequency.
+        return replace(moe, num_experts=counts[layer // getattr(self, f"{side}_moe_freq")])
+
     def to_json(self) -> dict[str, Any]:
         """All fields as plain values, the MoE layers as dictionaries of their own."""
-        return asdict(self)
+        values = asdict(self)
+        return {name: value for name, value in values.items() if name not in PRUNED_FIELDS or value is not None}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TransformerConfig:
@@ -117,13 +150,28 @@ class TransformerConfig:
         Raises:
             CheckpointError: a key is missing or unknown, or a value is of the wrong type or out of range.
         """
-        plain = _strict(cls, values, "model")
+        plain = _strict(cls, values, "model", optional=PRUNED_FIELDS)
+        for name in PRUNED_FIELDS:
+            if plain.get(name) is not None:
+                plain[name] = _counts(plain[name], f"model.{name}")
         for side in ("encoder_moe", "decoder_moe"):
             if plain[side] is not None:
                 given = _strict(MoEConfig, plain[side], f"model.{side}", optional=LATER_FIELDS)
                 plain[side] = _build(MoEConfig, given, f"model.{side}")
         config: TransformerConfig = _build(cls, plain, "model")
         return config
+
+    def _check_layer_experts(self, side: str) -> None:
+        counts, moe = getattr(self, f"{side}_layer_experts"), getattr(self, f"{side}_moe")
+        if counts is None:
+            return
+        name, layers = f"{side}_layer_experts", len(self.moe_layers(side))
+        if moe is None or len(counts) != layers:
+            raise ValueError(f"{name} has {len(counts)} numbers, but the {side} has {layers} MoE layers")
+        if max(counts) != moe.num_experts:
+            raise ValueError(f"{name}={counts}: the greatest must be {side}_moe.num_experts={moe.num_experts}")
+        for layer in self.moe_layers(side):
+            self.moe_of(side, layer)  # raises where top_k, clusters or ranks do not fit
 
     def _require_at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -152,6 +200,12 @@ def _strict(kind: type, values: Any, where: str, optional: Sequence[str] = ()) -
         if types and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
             raise CheckpointError(f"{where}.{field.name} must be of type {field.type}, not {value!r}")
     return dict(values)
+
+
+def _counts(value: Any, where: str) -> tuple[int, ...]:
+    if not isinstance(value, Sequence) or not value or not all(type(count) is int for count in value):
+        raise CheckpointError(f"{where} must be a list of whole numbers, not {value!r}")
+    return tuple(value)
 
 
 def _build(kind: type, values: dict[str, Any], where: str) -> Any:

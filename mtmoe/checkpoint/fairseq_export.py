@@ -111,6 +111,11 @@ def _moe_options(config: TransformerConfig, path: Path) -> dict[str, Any]:
     layers: dict[str, MoEConfig] = {side: moe for side, moe in given.items() if moe is not None}
     if not layers:
         return {}
+    if config.encoder_layer_experts or config.decoder_layer_experts:
+        raise CheckpointError(
+            f"{path}: fairseq has one number of experts, here layers have different ones, as pruning by a threshold "
+            "leaves them; prune with --selection layer"
+        )
     names = [field.name for field in fields(MoEConfig)]
     first = next(iter(layers.values()))
     for moe in layers.values():

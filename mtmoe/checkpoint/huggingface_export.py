@@ -145,6 +145,8 @@ def _unsupported(config: TransformerConfig) -> Iterator[str]:
     layers = {side: getattr(config, f"{side}_moe") for side in ("encoder", "decoder")}
     given = {side: moe for side, moe in layers.items() if moe is not None}
     for side, moe in given.items():
+        if counts := getattr(config, f"{side}_layer_experts"):
+            yield f"layers with different numbers of experts ({side}_layer_experts={counts})"
         yield from _unsupported_moe(config, side, moe)
     if len(given) == 2:
         (_, first), (_, second) = given.items()

@@ -202,7 +202,7 @@ def _layer_shapes(config: TransformerConfig, side: str, layer: int) -> dict[str,
         return shapes | _linear("fc1", d_ffn, d_model) | _linear("fc2", d_model, d_ffn)
     # Asked of the layer itself, without memory, so that a new gate's parameters are known here from the start.
     with torch.device("meta"):
-        moe = MoELayer(getattr(config, f"{side}_moe"))
+        moe = MoELayer(config.moe_of(side, layer))
     return shapes | {f"moe.{name}": tuple(tensor.shape) for name, tensor in moe.state_dict().items()}
 
 

@@ -29,6 +29,8 @@ class LanguageRouting:
     """Source languages in an encoder, target languages in a decoder."""
     top1: Matrix
     """(languages, num_experts) share of the tokens whose first choice an expert is; rows sum to 1."""
+    load: Matrix
+    """(languages, num_experts) share of all choices, first and second, that an expert takes; rows sum to 1."""
     shared: Matrix | None
     """(languages,) share that CMR gives to the shared network, 0 to 1; None without CMR."""
 
@@ -47,6 +49,7 @@ def language_routing(table: RoutingTable) -> list[LanguageRouting]:
                 layer.name,
                 tuple(rows[index] for index in seen),
                 of_language.top1[seen],
+                of_language.load[seen],
                 None if experts is None else 1 - experts[seen],
             )
         )

@@ -433,7 +433,7 @@ def _normed(x: Tensor, norm: nn.LayerNorm | None) -> Tensor:
 def build_feed_forward(config: TransformerConfig, side: str, layer: int) -> nn.Module:
     """The feed-forward sublayer of a layer: MoE where the configuration says so."""
     if config.is_moe(side, layer):
-        return MoEFeedForward(getattr(config, f"{side}_moe"))
+        return MoEFeedForward(config.moe_of(side, layer))
     return DenseFeedForward(config.d_model, getattr(config, f"{side}_d_ffn"), config.activation)
 
 
@@ -454,7 +454,7 @@ _RENAMED = {
 }
 """fairseq's name of a module -> ours."""
 
-_FUSED = {
+FUSED = {
     ("self_attn", ("q_proj", "k_proj", "v_proj")): "self_attention.qkv",
     ("encoder_attn", ("k_proj", "v_proj")): "cross_attention.kv",
 }
@@ -465,16 +465,17 @@ def _our_names(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, T
     """Rename and fuse; each tensor is a copy of its own, so that the file may go."""
     ours: dict[str, Tensor] = {}
     rest = {name: tensor.detach() for name, tensor in tensors.items()}
-    for (module, parts), fused in _FUSED.items():
+    for (module, parts), fused in FUSED.items():
         for name in [name for name in rest if f".{module}.{parts[0]}." in name]:
             pieces = [rest.pop(name.replace(f".{parts[0]}.", f".{part}.")) for part in parts]
             ours[name.replace(f"{module}.{parts[0]}", fused)] = torch.cat(pieces).to(dtype)
     for name, tensor in rest.items():
-        ours[_rename(name)] = tensor.to(dtype, copy=True).contiguous()
+        ours[rename(name)] = tensor.to(dtype, copy=True).contiguous()
     return ours
 
 
-def _rename(name: str) -> str:
+def rename(name: str) -> str:
+    """Our name of a weight that fairseq names so and that is not fused."""
     scope, _, tail = name.partition(".")
     if tail.startswith("layers."):
         _, number, tail = tail.split(".", 2)

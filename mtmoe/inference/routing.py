@@ -16,7 +16,7 @@ from mtmoe.inference.translator import Translator, batches_by_tokens, pad
 from mtmoe.inference.vocabulary import PADDING
 from mtmoe.moe.conditional import ConditionalGates
 from mtmoe.moe.routing import RoutingDecision
-from mtmoe.routing_table import SIDES, LayerRouting, RoutingTable
+from mtmoe.routing_table import ANY, SIDES, LayerRouting, RoutingTable
 
 CHUNK = 10_000
 """Segments that are held as ids at once, to be sorted by length; the text may be longer than memory."""
@@ -30,6 +30,7 @@ def collect_routing(
     texts: Iterable[ParallelText],
     directions: Sequence[str],
     *,
+    by_language: bool = False,
     model: str | None = None,
     max_tokens: int = 4096,
     progress: Callable[[int], object] | None = None,
@@ -42,7 +43,10 @@ def collect_routing(
     Args:
         translator: the model.
         texts: read once, one direction at a time.
-        directions: all that `texts` may name; the rows of the table.
+        directions: all that `texts` may name; the rows of the table, unless `by_language`.
+        by_language: count by source language in the encoder and by target language in the decoder, in rows ``de-*`` and
+            ``*-de``. The table grows with the languages then and not with their square: 40,602 directions among 202
+            languages over 12 layers of 128 experts take 25 MB instead of 2.5 GB.
         model: what identifies the model in the table.
         max_tokens: source or target tokens of a batch, padding included.
         progress: told of how many more segments are done.
@@ -51,10 +55,10 @@ def collect_routing(
         UnknownLanguage: a direction's language is not the model's.
         ValueError: a direction of `texts` is not in `directions`, or the model has no MoE layer.
     """
-    collector = RoutingCollector(translator.model, len(directions))
-    rows = {direction: row for row, direction in enumerate(directions)}
+    rows, labels = _rows(directions, by_language)
+    collector = RoutingCollector(translator.model, len(labels))
     device = next(translator.model.parameters()).device
-    sentences = [0] * len(rows)
+    sentences = [0] * len(labels)
     encoded = _encode(translator, texts, rows)
     while chunk := list(islice(encoded, CHUNK)):
         lengths = [max(len(one.source), len(one.target)) for one in chunk]
@@ -63,28 +67,44 @@ def collect_routing(
             collector.read(
                 pad([one.source for one in segments], device),
                 pad([one.target for one in segments], device),
-                torch.tensor([one.row for one in segments], device=device),
+                torch.tensor([one.rows for one in segments], device=device),
             )
             for one in segments:
-                sentences[one.row] += 1
+                for row in set(one.rows):
+                    sentences[row] += 1
             if progress:
                 progress(len(batch))
-    return RoutingTable(tuple(directions), tuple(sentences), collector.layers(), model)
+    return RoutingTable(labels, tuple(sentences), collector.layers(), model)
+
+
+def _rows(directions: Sequence[str], by_language: bool) -> tuple[dict[str, tuple[int, int]], tuple[str, ...]]:
+    """Direction -> its rows for encoder and decoder layers; and the names of the rows."""
+    if not by_language:
+        return {direction: (row, row) for row, direction in enumerate(directions)}, tuple(directions)
+    names = {}
+    for direction in directions:
+        source, _, target = direction.partition("-")
+        names[direction] = (f"{source}-{ANY}", f"{ANY}-{target}")
+    labels = tuple(dict.fromkeys(name for place in (0, 1) for name in sorted(pair[place] for pair in names.values())))
+    number = {label: row for row, label in enumerate(labels)}
+    return {direction: (number[source], number[target]) for direction, (source, target) in names.items()}, labels
 
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
     """One segment as the model reads it."""
 
-    row: int
-    """Of its direction."""
+    rows: tuple[int, int]
+    """Of its direction, for encoder and decoder layers."""
     source: list[int]
     """With tag and end symbol."""
     target: list[int]
     """The decoder's input: the tag, then the pieces."""
 
 
-def _encode(translator: Translator, texts: Iterable[ParallelText], rows: dict[str, int]) -> Iterator[_Segment]:
+def _encode(
+    translator: Translator, texts: Iterable[ParallelText], rows: dict[str, tuple[int, int]]
+) -> Iterator[_Segment]:
     vocabulary, config = translator.vocabulary, translator.model.config
     for direction, sources, targets in texts:
         if direction not in rows:
@@ -128,9 +148,10 @@ class RoutingCollector:
         Args:
             source: (batch, source) int64 with tag and end symbol, padding on the right.
             target_input: (batch, target) int64, beginning with the start token, padding on the right.
-            rows: (batch,) int64, the row that each segment belongs to.
+            rows: (batch, 2) int64, the rows that each segment belongs to in encoder and decoder layers.
         """
-        tokens = {side: _Tokens.of(ids, rows) for side, ids in zip(SIDES, (source, target_input), strict=True)}
+        both = zip(SIDES, (source, target_input), rows.unbind(1), strict=True)
+        tokens = {side: _Tokens.of(ids, row) for side, ids, row in both}
         with torch.inference_mode(), self._watching(tokens):
             memory, mask = self.model.encoder(source)
             self.model.decoder.hidden(target_input, memory, mask)

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from mtmoe import kernels
 from mtmoe.kernels.linear import autocast_dtype
 from mtmoe.moe.capacity import limit
-from mtmoe.moe.conditional import ConditionalRouting, SharedOutput
+from mtmoe.moe.conditional import ConditionalGates, ConditionalRouting, SharedOutput
 from mtmoe.moe.config import MoEConfig
 from mtmoe.moe.experts import ExpertBank
 from mtmoe.moe.gates import build_gate
 from mtmoe.moe.keyed import DrawKeys
 from mtmoe.moe.masking import drop_gating, hide, mask_expert_outputs, mask_final_output
+from mtmoe.moe.routing import RoutingDecision
 from mtmoe.moe.sharding import ShardedExperts
 from mtmoe.moe.statistics import RoutingStatistics, gather_statistics
 from mtmoe.parallel import ExpertParallel
@@ -108,7 +109,9 @@ class MoELayer(nn.Module):
         # EOM hides expert outputs; hidden pairs are not worth computing, so it stands before dispatch.
         narrow = tokens.to(autocast_dtype(tokens))  # once for all branches; gates read the tokens in their own type
         gates = None
-        if self.sharded is None:
+        if self.sharded is not None:
+            y, gates = self._on_ranks(self.sharded, tokens, narrow, seated, real, keys)
+        else:
             decision = drop_gating(seated, config, self.training, keys)
             decision = mask_expert_outputs(decision, config, self.training, keys)
             plan = kernels.plan_dispatch(decision.expert_index, config.num_experts)
@@ -117,21 +120,29 @@ class MoELayer(nn.Module):
             if self.conditional is not None:
                 gates = self.conditional.gates(tokens, real, keys)
                 y = self.conditional(narrow, y, gates)
-        else:
-            stays = self.sharded.stays_local(self.training, keys)
-            decision = mask_expert_outputs(seated, config, self.training, keys)
-            if self.conditional is None:
-                y = self.sharded.run(narrow, decision, self.experts, stays)
-            else:
-                gates = self.conditional.gates(tokens, real, keys)
-                # A gate of 0, as gate dropout leaves it, takes nothing from the experts: such rows need not travel.
-                decision = hide(decision, gates.value == 0)
-                shared = SharedOutput(self.conditional.shared, narrow)
-                y = self.sharded.run(narrow, decision, self.experts, stays, shared.step)
-                y = self.conditional.mix(shared.value(), y, gates)
-
         if self.conditional is not None and real is not None:
             y = y.masked_fill(~real[:, None], 0)
         y = mask_final_output(y, config, self.training, keys)
         statistics = gather_statistics(chosen, seated, real, gates, survivors)
         return MoEOutput(y.view(x.shape), chosen.losses, statistics)
+
+    def _on_ranks(
+        self,
+        sharded: ShardedExperts,
+        tokens: Tensor,
+        narrow: Tensor,
+        seated: RoutingDecision,
+        real: Tensor | None,
+        keys: DrawKeys | None,
+    ) -> tuple[Tensor, ConditionalGates | None]:
+        """What `forward` does from gating dropout to CMR, where ranks share out the experts."""
+        stays = sharded.stays_local(self.training, keys)
+        decision = mask_expert_outputs(seated, self.config, self.training, keys)
+        if self.conditional is None:
+            return sharded.run(narrow, decision, self.experts, stays), None
+        gates = self.conditional.gates(tokens, real, keys)
+        # A gate of 0, as gate dropout leaves it, takes nothing from the experts: such rows need not travel.
+        decision = hide(decision, gates.value == 0)
+        shared = SharedOutput(self.conditional.shared, narrow)
+        y = sharded.run(narrow, decision, self.experts, stays, shared.step)
+        return self.conditional.mix(shared.value(), y, gates), gates

@@ -178,11 +178,13 @@ class Exchange:
     ) -> None:
         self.all_to_all, self.send, self.receive, self.payload = all_to_all, send, receive, payload
         self.arriving: Arriving | None = None
-        self._link: Tensor = _Begin.apply(rows, self)
+        self._link: Tensor | None = _Begin.apply(rows, self)
 
     def finish(self) -> Tensor:
         """The rows that have arrived: (sum of `receive`, …), of the type that was sent. To be called once."""
-        return _Finish.apply(self._link, self)  # type: ignore[no-any-return]
+        # Let go of: the graph knows this object, and a circle would keep its tensors until the garbage collector comes.
+        link, self._link = self._link, None
+        return _Finish.apply(link, self)  # type: ignore[no-any-return]
 
     def start(self, rows: Tensor, back: bool = False) -> None:
         """Let rows set out, or gradients come back."""

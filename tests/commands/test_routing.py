@@ -54,11 +54,19 @@ def test_parts_add_up_to_the_whole(model, data, tmp_path, capsys):
             np.testing.assert_allclose(mine.probability[row], theirs.probability[other], rtol=1e-4)
 
 
+def test_by_language_and_with_data_as_second_word(model, data, tmp_path, capsys):
+    output = tmp_path / "languages.json"
+    assert main(["routing", str(model), str(data), "--by", "language", "--output", str(output)]) == 0
+    assert RoutingTable.load(output).rows == ("de-*", "en-*", "mk-*", "*-de", "*-en", "*-mk")
+    assert "busiest, x even" in capsys.readouterr().out
+
+
 def test_errors(model, data, tmp_path, capsys):
     output = ["--output", str(tmp_path / "x.json")]
     for words, message in (
         ([], "give either a MODEL"),
-        ([str(model)], "needs --data"),
+        ([str(model)], "needs DATA, once"),
+        ([str(model), str(data), "--data", str(data)], "needs DATA, once"),
         ([str(model), "--data", str(data), "--limit", "-1"], "limit=-1 must be"),
         ([str(model), "--data", str(data), "--directions", "de-mk"], "no valid text for de-mk"),
     ):

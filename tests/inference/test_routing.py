@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reference.models import DIRECTIONS, toy_model, toy_sentence, toy_translation
 
 from mtmoe.inference import Translator
-from mtmoe.inference.routing import collect_routing
+from mtmoe.inference.routing import RoutingCollector, _rows, collect_routing
 from mtmoe.moe import MoEConfig
 
 # Batches are padded and single sentences are not, so probabilities differ in the last bits of fp32.
@@ -107,6 +107,37 @@ def test_collector_equals_a_loop_over_tokens(vocabulary, shape, seeds, max_token
             if layer.cmr_gate is not None:
                 np.testing.assert_allclose(layer.cmr_gate[row], expected["cmr_gate"][0], atol=TOLERANCE)
     assert (table.layers[0].cmr_gate is not None) == shape["encoder_moe"].cmr
+
+
+def test_rows_by_language_are_sums_over_partners(vocabulary):
+    translator = Translator.from_stored(toy_model(vocabulary, moe=True, encoder_moe_freq=1))
+    texts = texts_of([1, 2, 3, 4, 5])
+    whole = collect_routing(translator, texts, DIRECTIONS)
+    table = collect_routing(translator, texts, DIRECTIONS, by_language=True)
+    assert table.rows == ("de-*", "en-*", "mk-*", "*-de", "*-en", "*-mk")
+    for one, other in ((table.by_source(), whole.by_source()), (table.by_target(), whole.by_target())):
+        assert (one.rows, one.sentences) == (other.rows, other.sentences)
+    for number, layer in enumerate(table.layers):
+        of = "by_source" if layer.side == "encoder" else "by_target"
+        mine, theirs = (getattr(each, of)().layers[number] for each in (table, whole))
+        assert layer.tokens.sum() == whole.layers[number].tokens.sum()  # each token counts once
+        for name in ("tokens", "first", "second", "first_probability", "probability", "cmr_gate"):
+            np.testing.assert_allclose(getattr(mine, name), getattr(theirs, name), err_msg=name)
+
+
+def test_memory_is_bounded_by_languages_and_experts(vocabulary):
+    """128 experts and 202 languages in all 40,602 directions: the sums are there before any text, and do not grow."""
+    changes = {"encoder_moe": experts(num_experts=128), "decoder_moe": experts(num_experts=128)}
+    model = Translator.from_stored(toy_model(vocabulary, moe=True, encoder_moe_freq=1, **changes)).model
+    languages = [f"l{number}" for number in range(202)]
+    directions = [f"{one}-{other}" for one in languages for other in languages if one != other]
+    rows, labels = _rows(directions, by_language=True)
+    assert (len(rows), len(labels)) == (40_602, 404)
+    layers = RoutingCollector(model, len(labels)).layers()
+    arrays = ("tokens", "first", "second", "first_probability", "second_probability", "probability")
+    for layer in layers:
+        assert layer.first.shape == (404, 128)
+        assert sum(getattr(layer, name).nbytes for name in arrays) == 404 * 8 * (1 + 5 * 128)  # 2.1 MB a layer
 
 
 def test_empty_and_long_segments(vocabulary):

@@ -1,6 +1,8 @@
 """Ways to send less, or while something else is done: experts get the same rows, and what is sent is counted."""
 
+import gc
 import random
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,9 @@ from reference.world import run_world
 from torch import Tensor
 from torch.autograd import Function
 
+from mtmoe import kernels
+from mtmoe.kernels import reference as plain_kernels
+from mtmoe.kernels.plan import plan_on_device
 from mtmoe.moe import MoEConfig, MoELayer
 from mtmoe.moe.experts import ExpertBank
 from mtmoe.moe.keyed import DrawKeys
@@ -104,6 +109,15 @@ def test_every_way_equals_one_process(dtype, overlap):
     generator = random.Random(5)
     batches = [draw_batch(generator, WORLD, dtype, nodes=nodes) for nodes in (0, 0, 2, 2, 4)]
     run_world(WORLD, compare_ways, [(batch, one_process(batch)) for batch in batches], overlap)
+
+
+def test_every_way_with_plans_of_a_gpu_whose_unrouted_rows_stay_at_home(monkeypatch):
+    monkeypatch.setattr(kernels, "plan_dispatch", plan_on_device)
+    monkeypatch.setattr(kernels, "load_backend", lambda name, device: plain_kernels)
+    generator = random.Random(6)
+    batches = [draw_batch(generator, WORLD, torch.float64, nodes=nodes) for nodes in (0, 2)]
+    assert all(batch.padding.any() or batch.config.eom for batch in batches)
+    run_world(WORLD, compare_ways, [(batch, one_process(batch)) for batch in batches], True)
 
 
 # Bytes
@@ -315,6 +329,20 @@ def test_halves_of_the_shared_network_run_while_rows_travel_in_forward_and_backw
         assert events == overlapped * 2
     for events in run_world(2, order_of_events, False):
         assert events[:6] == apart
+
+
+def freed(rank: int) -> None:
+    parallel = start(rank, 2)
+    gc.disable()
+    arrived = parallel.whole.exchange(torch.randn(4, 3, requires_grad=True), [2, 2], [2, 2])
+    beginning = weakref.ref(arrived.grad_fn.next_functions[0][0])
+    assert beginning() is not None
+    del arrived
+    assert beginning() is None
+
+
+def test_an_exchange_without_backward_leaves_nothing_behind():
+    run_world(2, freed)
 
 
 # Training options

@@ -7,8 +7,9 @@ experts than are wanted only those are read. Their checksums are compared before
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ def plain_types() -> list[Any]:
     core: Any = getattr(np, "_core", None) or np.core  # numpy 2, and before
     dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
     return [argparse.Namespace, core.multiarray.scalar, np.dtype, *dtypes]
+
+
+@contextlib.contextmanager
+def allowing_plain_types() -> Iterator[None]:
+    """Let the weights-only loader build `plain_types` for a while; afterwards it may build what it might before."""
+    known = torch.serialization.get_safe_globals()  # torch's own context forgets these too
+    with torch.serialization.safe_globals([each for each in plain_types() if each not in known]):
+        yield
 
 
 def check_files(
@@ -114,7 +123,7 @@ def read_state(directory: Path, *, place: int = 0, places: int = 1, verify: bool
     manifest = read_manifest(directory)
     if verify:
         check_files(directory, manifest, [SHARED])
-    with torch.serialization.safe_globals(plain_types()):
+    with allowing_plain_types():
         state: dict[str, Any] = load(directory / SHARED)
     fill(state, directory, manifest, place=place, places=places, verify=verify)
     return state

@@ -8,10 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mtmoe.checkpoint.sharded.manifest import SHARED, read_manifest
-from mtmoe.checkpoint.sharded.reading import check_files, is_sharded, load, plain_types, read_experts, read_state
+from mtmoe.checkpoint.sharded.reading import (
+    allowing_plain_types,
+    check_files,
+    is_sharded,
+    load,
+    read_experts,
+    read_state,
+)
 from mtmoe.checkpoint.sharded.state import LIST, OPTIMIZER, STACKED, ExpertTensor, SplitState, describe, split_state
 from mtmoe.checkpoint.sharded.writing import SavePlan, commit, write_experts, write_shared
 from mtmoe.checkpoint.writing import save
@@ -100,5 +105,5 @@ def _whole(source: Path, optimizer: bool) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    with torch.serialization.safe_globals(plain_types()):
+    with allowing_plain_types():
         return load(path)

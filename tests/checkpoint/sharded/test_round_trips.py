@@ -1,5 +1,6 @@
 """States that are saved at one layout and read at another, compared to the bit with plain slices."""
 
+import argparse
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from mtmoe.checkpoint.sharded import (
     write_experts,
     write_shared,
 )
-from mtmoe.checkpoint.sharded.reading import wanted_files
+from mtmoe.checkpoint.sharded.reading import allowing_plain_types, plain_types, wanted_files
 from mtmoe.errors import CheckpointError
 from mtmoe.training.expert_adamw import ExpertAdamW
 
@@ -251,3 +252,16 @@ def test_a_place_whose_experts_never_had_a_gradient(tmp_path):
     assert moments["touched"][:2] == [0, 0]
     assert 1 in moments["touched"]
     assert moments["exp_avg"][:2].abs().sum() == 0 < moments["exp_avg"][2:].abs().sum()
+
+
+def test_reading_leaves_what_torch_may_load_as_it_was():
+    before = torch.serialization.get_safe_globals()
+    try:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals([argparse.Namespace])  # as somebody else did, who still needs it
+        with allowing_plain_types():
+            assert set(plain_types()) <= set(torch.serialization.get_safe_globals())
+        assert torch.serialization.get_safe_globals() == [argparse.Namespace]
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
