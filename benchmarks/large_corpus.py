@@ -25,10 +25,10 @@ WORDS = 30_000
 _BLOCK = 1_000_000
 
 
-def write_corpus(folder: Path, pairs: int, mean_length: float = 12.0) -> None:
+def write_corpus(folder: Path, pairs: int, mean_length: float = 12.0, words: int = WORDS) -> None:
     """Write ``dict.txt``, ``languages.json`` and the train files of en-de, block by block."""
     (folder / "bin").mkdir(parents=True, exist_ok=True)
-    pieces = [*(f"w{i}" for i in range(WORDS)), "__de__", "__en__"]
+    pieces = [*(f"w{i}" for i in range(words)), "__de__", "__en__"]
     (folder / "dict.txt").write_text("".join(f"{piece} 1\n" for piece in pieces), encoding="utf-8")
     listed = {"languages": ["de", "en"], "directions": ["de-en", "en-de"]}
     (folder / "languages.json").write_text(json.dumps(listed), encoding="utf-8")
@@ -42,7 +42,7 @@ def write_corpus(folder: Path, pairs: int, mean_length: float = 12.0) -> None:
                 # Both sides are drawn from the same stream first, so that the lengths of a pair are alike.
                 common = np.random.default_rng([2, start]).geometric(1 / mean_length, len(block))
                 block[:] = (common + generator.integers(0, 4, len(block))).clip(1, 120)
-                ids = generator.integers(4, WORDS, int(block.sum()), dtype=np.uint16)
+                ids = generator.integers(4, words, int(block.sum()), dtype=np.uint16)
                 ids[np.cumsum(block) - 1] = 2
                 data.write(ids.tobytes())
         with Path(f"{prefix}.idx").open("wb") as index:

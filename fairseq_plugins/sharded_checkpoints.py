@@ -154,10 +154,15 @@ def _plan(cfg: Any, trainer: Any, epoch_itr: Any, place: Place) -> SavePlan:
 
 def _write(plan: SavePlan, mine: Recording, place: Place, cfg: Any) -> None:
     assert mine.state is not None
-    sharded.write_experts(plan, place.place, mine.state.experts)
     if place.rank > 0:
+        sharded.write_experts(plan, place.place, mine.state.experts)
         return
-    sharded.write_shared(plan, mine.state.shared)
+    try:
+        sharded.write_experts(plan, place.place, mine.state.experts)
+        sharded.write_shared(plan, mine.state.shared)
+    except (OSError, CheckpointError):
+        sharded.give_up(plan)
+        raise
     sharded.commit(plan, sharded.describe(mine.state.shared), patience=_patience)
     for name in mine.names:
         sharded.give_name(plan.directory, name)

@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mtmoe.training.bound_process import bound
+from mtmoe.training.connections import give_up_after
 from mtmoe.training.process import RANK_0
 
 LOGS_KEPT = 3
@@ -30,6 +31,9 @@ LOGS_KEPT = 3
 
 STOP_SECONDS = "900"
 """For the ranks to finish an update and save a checkpoint after a signal; torch's own default is 30."""
+
+LATER = 10.0
+"""Seconds for which the launcher waits longer than the ranks for a machine that is out of reach: they say more."""
 
 LINES = 12
 """Of a failed rank's traceback, or of its log where there is none."""
@@ -45,11 +49,13 @@ class RankLogs(LogsSpecs):
 
     Args:
         folder: where the logs go, and ``rank<number>.error.json`` of each rank that failed.
+        begin: is called when ranks are about to start.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, begin: Callable[[], object] = lambda: None) -> None:
         super().__init__(log_dir=str(folder))
         self.folder = folder
+        self.begin = begin
         self.ranks: list[str] = []
         """Those of this machine."""
 
@@ -72,6 +78,7 @@ class RankLogs(LogsSpecs):
         Args:
             envs: local rank -> its variables, which get the file for its error.
         """
+        self.begin()
         self.folder.mkdir(parents=True, exist_ok=True)
         logs, errors, shown = {}, {}, {}
         self.ranks = [variables["RANK"] for variables in envs.values()]
@@ -184,7 +191,10 @@ def launch(args: argparse.Namespace) -> int:
     if args.max_restarts:
         # A new store for each start: torch would keep the old one, and gloo find the addresses of the dead ranks in it.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    logs = RankLogs(args.logs)
+    port = args.rdzv_endpoint.rpartition(":")[2]
+    # Where machines meet they also keep in touch, over a connection that there is as soon as they have met.
+    begin = (lambda: give_up_after(args.timeout + LATER, int(port))) if args.nnodes > 1 else (lambda: 0)
+    logs = RankLogs(args.logs, begin)
     config = LaunchConfig(
         min_nodes=args.nnodes, max_nodes=args.nnodes, nproc_per_node=args.nproc, max_restarts=args.max_restarts,
         run_id=args.rdzv_id, rdzv_backend="c10d", rdzv_endpoint=args.rdzv_endpoint, role="train",
@@ -200,6 +210,9 @@ def launch(args: argparse.Namespace) -> int:
         print("\n".join(lines))
         return status
     except RendezvousError as error:
+        if logs.ranks:
+            print("\n".join(_lost(error, args.rdzv_endpoint, logs)))
+            return 1
         print(
             f"{args.nnodes} machines did not meet at {args.rdzv_endpoint}: {error}. Is that one of them, can the "
             "others reach this port of it, and were all started with the same --nnodes and --rdzv-id?"
@@ -208,11 +221,26 @@ def launch(args: argparse.Namespace) -> int:
     return 0
 
 
+def _lost(error: RendezvousError, endpoint: str, logs: RankLogs) -> list[str]:
+    """What to say when this machine has lost the others while its ranks were running."""
+    return [
+        *(f"rank {rank} failed: {message} ({logs.log(rank)})" for rank, message in _messages(logs).items()),
+        f"this machine has lost the connection to {endpoint}, where the machines of the run keep in touch: "
+        f"{error.__cause__ or error}. Is that machine down, or the network between them?",
+    ]
+
+
+def _messages(logs: RankLogs) -> dict[str, str]:
+    """Rank -> its error, of those of this machine that have failed."""
+    failed = [rank for rank in logs.ranks if logs.error(rank).is_file()]
+    records = {rank: json.loads(logs.error(rank).read_text(encoding="utf-8")) for rank in failed}
+    return {rank: record["message"]["message"] for rank, record in records.items()}
+
+
 def _stopped(number: int, logs: RankLogs) -> int:
     """The status of a run that a signal stopped; 1 where a rank could not save its checkpoint, which is shown."""
-    failed = [rank for rank in logs.ranks if logs.error(rank).is_file()]
-    for rank in failed:
-        message = json.loads(logs.error(rank).read_text(encoding="utf-8"))["message"]["message"]
+    failed = _messages(logs)
+    for rank, message in failed.items():
         print(f"rank {rank} failed while it was stopping: {message} ({logs.log(rank)})")
     return 1 if failed else 128 + number
 
@@ -226,6 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-restarts", type=int, default=0, help="times that all start again after a failure")
     parser.add_argument("--rdzv-endpoint", default="127.0.0.1:0", help="host:port at which the machines meet")
     parser.add_argument("--rdzv-id", default="mtmoe", help="name of the run, the same on all machines")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that the ranks wait for each other")
     parser.add_argument("command", nargs="+", help="command of each process")
     return launch(parser.parse_args(arguments))
 

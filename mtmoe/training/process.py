@@ -121,6 +121,8 @@ def elastic_command(config: TrainConfig, command: Sequence[str], logs: Path) -> 
     words += ["--nnodes", str(config.nnodes), "--max-restarts", str(config.max_restarts)]
     if config.rdzv_endpoint:
         words += ["--rdzv-endpoint", config.rdzv_endpoint, "--rdzv-id", config.rdzv_id]
+    if "collective-timeout" in config.options:
+        words += ["--timeout", str(config.options["collective-timeout"])]
     return [*words, "--", *command]
 
 

@@ -1,5 +1,6 @@
 """Runs of fairseq-train whose processes share out the experts, against others, and options that do not go together."""
 
+import contextlib
 import shlex
 import socket
 from types import SimpleNamespace
@@ -7,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairseq.distributed.legacy_distributed_data_parallel import LegacyDistributedDataParallel
+from omegaconf import OmegaConf
 
 from fairseq_plugins import expert_checkpoints, expert_parallel
+from fairseq_plugins.optim.adamw import MtmoeAdamW, MtmoeAdamWConfig
 from mtmoe.checkpoint.fairseq import read_fairseq_checkpoint
 from mtmoe.errors import ConfigError
 from mtmoe.moe import MoEConfig
@@ -108,9 +111,17 @@ def test_options_that_would_mix_up_experts_are_refused():
     with pytest.raises(ConfigError, match=r"needs as many processes, but there is one.*torchrun --nproc_per_node 2"):
         expert_parallel.check_training(options())
     legacy = LegacyDistributedDataParallel.__new__(LegacyDistributedDataParallel)
-    for model, text in ((object(), "needs --ddp-backend legacy_ddp"), (legacy, "needs --optimizer mtmoe_adamw")):
-        with pytest.raises(ConfigError, match=text):
-            expert_parallel.share(SimpleNamespace(module=model), object(), SimpleNamespace(size=2), "world_size")
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = MtmoeAdamW(OmegaConf.structured(MtmoeAdamWConfig(lr=[0.1], store_ema=False)), [weight])
+    for module, values, other, text in (
+        (object(), weight, optimizer, "needs --ddp-backend legacy_ddp"),
+        (legacy, weight, object(), "needs --optimizer mtmoe_adamw"),
+        (legacy, weight.bfloat16(), optimizer, "without --fp16, --bf16 or --amp"),
+        (legacy, weight, optimizer, ""),
+    ):
+        model = SimpleNamespace(module=module, parameters=lambda values=values: [values])
+        with pytest.raises(ConfigError, match=text) if text else contextlib.nullcontext():
+            expert_parallel.share(model, other, SimpleNamespace(size=2), "world_size")
     assert expert_parallel.start(options()) is None  # one process, as when a trained model is read for decoding
 
 

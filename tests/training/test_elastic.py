@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 
 from mtmoe.cli import main
 from mtmoe.errors import ConfigError
@@ -320,6 +320,26 @@ def test_machines_that_do_not_meet_are_told_what_to_look_at(tmp_path, monkeypatc
     words = ["--logs", str(tmp_path), "--nproc", "2", "--nnodes", "2", "--rdzv-id", "mine"]
     assert elastic.main([*words, "--rdzv-endpoint", "node1:29500", "--", "program"]) == 1
     assert "2 machines did not meet at node1:29500: nobody came. Is that one of them" in capsys.readouterr().out
+
+
+def test_a_machine_that_loses_the_others_tells_what_its_ranks_said(tmp_path, monkeypatch, capsys):
+    def lose(config, program):
+        variables = {"RANK": "3", "TORCHELASTIC_RESTART_COUNT": "0"}
+        config.logs_specs.reify({0: variables})
+        record = {"message": {"message": "RuntimeError: waited", "extraInfo": {"py_callstack": ""}}}
+        config.logs_specs.error(3).write_text(json.dumps(record))
+        raise RendezvousConnectionError("the store") from OSError("no route")
+
+    limits = []
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "9")
+    monkeypatch.setattr(elastic, "elastic_launch", lambda config, program: lambda *words: lose(config, program))
+    monkeypatch.setattr(elastic, "give_up_after", lambda *limit: limits.append(limit))
+    words = ["--logs", str(tmp_path), "--nproc", "1", "--nnodes", "2", "--rdzv-endpoint", "node1:29500"]
+    assert elastic.main([*words, "--timeout", "40", "--", "program"]) == 1
+    printed = capsys.readouterr().out
+    assert f"rank 3 failed: RuntimeError: waited ({tmp_path}/rank3.log)" in printed
+    assert "lost the connection to node1:29500, where the machines of the run keep in touch: no route." in printed
+    assert limits == [(50, 29500)]
 
 
 def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch, capsys):

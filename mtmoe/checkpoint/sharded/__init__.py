@@ -29,7 +29,7 @@ from mtmoe.checkpoint.sharded.state import (
     parameter_names,
     split_state,
 )
-from mtmoe.checkpoint.sharded.writing import SavePlan, commit, write_experts, write_shared
+from mtmoe.checkpoint.sharded.writing import SavePlan, commit, give_up, write_experts, write_shared
 
 __all__ = [
     "BackgroundWriter",
@@ -48,6 +48,7 @@ __all__ = [
     "fill",
     "free_directory",
     "give_name",
+    "give_up",
     "insert",
     "is_expert",
     "is_sharded",

@@ -36,6 +36,10 @@ from mtmoe.files import sync_folder, write_json, write_text
 PATIENCE = 600.0
 """Seconds without any progress on disk after which a save is given up."""
 
+GRACE = 5.0
+"""Seconds without any progress on disk after which the files of a save that has failed are removed, even though some
+process has not said that it is done: one that writes later would leave its file behind."""
+
 RECORD, FAILURE = ".record.json", ".failed"
 
 
@@ -98,13 +102,18 @@ def _write(plan: SavePlan, name: str, value: Any, tensors: dict[str, TensorRecor
     path = plan.staging / name
     try:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             size, digest = save(value, path)
             write_json(path.with_name(name + RECORD), FileRecord(size, digest, tensors).to_json())
         except OSError as error:
             raise not_written(path, error, 0) from error
     except Exception as error:
-        with contextlib.suppress(OSError):  # full of data, a disk has seldom no room for a line
-            write_text(path.with_name(name + FAILURE), f"{error}\n")
+        failure = path.with_name(name + FAILURE)
+        try:
+            write_text(failure, f"{error}\n")
+        except OSError:
+            with contextlib.suppress(OSError):  # a name often finds room where a line finds none
+                failure.touch()
         raise
 
 
@@ -146,10 +155,37 @@ def commit(
             sync_folder(plan.directory.parent)
         except OSError as error:
             raise not_written(plan.directory, error, 0) from error
+    except _Failed:
+        give_up(plan, poll=poll)
+        raise
     except BaseException:
         shutil.rmtree(plan.staging, ignore_errors=True)
         raise
     return manifest
+
+
+class _Failed(NotWritten):
+    """A process has said that it cannot write its file; the others may be writing theirs."""
+
+
+def give_up(plan: SavePlan, *, grace: float = GRACE, poll: float = 0.1) -> None:
+    """Remove what was written of a save that has failed, once no process writes any more; rank 0 calls this.
+
+    Args:
+        plan: the same in all processes.
+        grace: seconds without progress after which processes that have not said that they are done are left out.
+        poll: seconds between two looks.
+    """
+    seen, since = "", time.monotonic()
+    while time.monotonic() - since <= grace:
+        done = [any((plan.staging / (name + end)).exists() for end in (RECORD, FAILURE)) for name in plan.files[1:]]
+        if all(done):
+            break
+        progress = _progress(plan.staging)
+        if progress != seen:
+            seen, since = progress, time.monotonic()
+        time.sleep(poll)
+    shutil.rmtree(plan.staging, ignore_errors=True)
 
 
 def _wait(plan: SavePlan, patience: Callable[[], float], poll: float) -> dict[str, FileRecord]:
@@ -160,7 +196,8 @@ def _wait(plan: SavePlan, patience: Callable[[], float], poll: float) -> dict[st
             path = plan.staging / name
             failure = path.with_name(name + FAILURE)
             if failure.exists():
-                raise NotWritten(f"{plan.directory} is not complete: {failure.read_text(encoding='utf-8').strip()}")
+                reason = failure.read_text(encoding="utf-8").strip() or f"{path} could not be written"
+                raise _Failed(f"{plan.directory} is not complete: {reason}")
             if name not in records:
                 record = _record(path)
                 if record is not None:

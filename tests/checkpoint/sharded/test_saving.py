@@ -22,6 +22,7 @@ from mtmoe.checkpoint.sharded import (
     describe,
     free_directory,
     give_name,
+    give_up,
     newest_complete,
     read_state,
     remove_abandoned_saves,
@@ -165,6 +166,31 @@ def test_disk_full_on_one_rank(tmp_path, monkeypatch, room):
         commit(plan, {"num_updates": 7})
     assert names(tmp_path) == ["checkpoint_1_5"]
     assert newest_complete(tmp_path, pytest.fail).name == "checkpoint_1_5"
+
+
+def test_what_others_write_of_a_save_that_has_failed_goes_too(tmp_path):
+    """The first process has failed, and the other begins to write only after that."""
+    plan = plan_for(tmp_path)
+
+    def write_late():
+        time.sleep(0.3)
+        write_experts(plan, 1, split_state(state_of_place(whole_state(), 1, 2)).experts)
+
+    late = threading.Thread(target=write_late)
+    write_experts(plan, 0, split_state(state_of_place(whole_state(), 0, 2)).experts)
+    late.start()
+    give_up(plan, poll=0.01)
+    late.join()
+    assert names(tmp_path) == []
+
+
+def test_a_process_that_says_nothing_is_not_waited_for_when_a_save_has_failed(tmp_path):
+    plan = plan_for(tmp_path)
+    write_experts(plan, 0, split_state(state_of_place(whole_state(), 0, 2)).experts)
+    begun = time.monotonic()
+    give_up(plan, grace=0.2, poll=0.01)
+    assert time.monotonic() - begun > 0.2
+    assert names(tmp_path) == []
 
 
 def test_a_rank_that_is_gone_does_not_hold_up_for_ever(tmp_path):
