@@ -111,17 +111,19 @@ def test_options_that_would_mix_up_experts_are_refused():
     with pytest.raises(ConfigError, match=r"needs as many processes, but there is one.*torchrun --nproc_per_node 2"):
         expert_parallel.check_training(options())
     legacy = LegacyDistributedDataParallel.__new__(LegacyDistributedDataParallel)
-    weight = torch.nn.Parameter(torch.zeros(2))
-    optimizer = MtmoeAdamW(OmegaConf.structured(MtmoeAdamWConfig(lr=[0.1], store_ema=False)), [weight])
-    for module, values, other, text in (
-        (object(), weight, optimizer, "needs --ddp-backend legacy_ddp"),
-        (legacy, weight, object(), "needs --optimizer mtmoe_adamw"),
-        (legacy, weight.bfloat16(), optimizer, "without --fp16, --bf16 or --amp"),
-        (legacy, weight, optimizer, ""),
+    config = OmegaConf.structured(MtmoeAdamWConfig(lr=[0.1], store_ema=False))
+    optimizer, narrow = (
+        MtmoeAdamW(config, [torch.nn.Parameter(torch.zeros(2, dtype=dtype))])
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    for module, given, text in (
+        (object(), optimizer, "needs --ddp-backend legacy_ddp"),
+        (legacy, object(), "needs --optimizer mtmoe_adamw"),
+        (legacy, narrow, "without --fp16, --bf16 or --amp"),
+        (legacy, optimizer, ""),
     ):
-        model = SimpleNamespace(module=module, parameters=lambda values=values: [values])
         with pytest.raises(ConfigError, match=text) if text else contextlib.nullcontext():
-            expert_parallel.share(model, other, SimpleNamespace(size=2), "world_size")
+            expert_parallel.share(SimpleNamespace(module=module), given, SimpleNamespace(size=2), "world_size")
     assert expert_parallel.start(options()) is None  # one process, as when a trained model is read for decoding
 
 

@@ -53,7 +53,9 @@ for name, words in json.load(open(sys.argv[1])):
     sys.argv = words
     try:
         cli_main()
-        print(f"measured|{name}|{rank}|{json.dumps(measured(trainers[-1]))}", flush=True)
+        # In one piece: another process may write between a line and its end.
+        sys.stdout.write(f"measured|{name}|{rank}|{json.dumps(measured(trainers[-1]))}\\n")
+        sys.stdout.flush()
     except Exception:
         traceback.print_exc(file=sys.stdout)
         if "RANK" in os.environ:

