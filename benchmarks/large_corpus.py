@@ -93,7 +93,7 @@ def measure(folder: Path, max_tokens: int, batches: int) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     import fairseq_plugins  # noqa: F401
-    from fairseq_plugins.tasks.mtmoe_translation import MtmoeTranslationConfig
+    from fairseq_plugins.tasks.options import MtmoeTranslationConfig
 
     fixed = {"seed": 1, "log_interval": 1, "max_update": 10**6, "update_freq": [1], "train_subset": "train",
              "best_checkpoint_metric": "loss"}  # fmt: skip

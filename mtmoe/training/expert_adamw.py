@@ -12,12 +12,9 @@ is left out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
@@ -26,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from mtmoe.kernels import adamw as kernels
 from mtmoe.training import master_weights
 from mtmoe.training.state_shards import States, StateShards
+from mtmoe.training.waiting_experts import Bank, horizon
 
 EXPERT_UPDATES = ("dense", "exact", "lazy")
 """How an expert without tokens is treated: updated each time; updated when it is next used, with the same result; not
@@ -33,70 +31,6 @@ at all, as torch's SparseAdam does, which is another optimiser."""
 
 HISTORY = 1024
 """Updates that an expert may be behind; then all are brought up to date, which is one pass in so many updates."""
-
-
-def horizon(betas: tuple[float, float]) -> int:
-    """Updates after an expert's last gradient whose momentum still counts.
-
-    By Cauchy–Schwarz ``|exp_avg| <= C sqrt(exp_avg_sq)`` with ``C**2 = (1 - beta1)**2 / ((1 - beta2) (1 - r**2))``, so
-    the n-th update without gradient moves a weight by at most ``lr C r**n`` (the bias corrections are near 1 by then),
-    and all from the n-th on by ``lr C r**n / (1 - r)``. That is to be below ``2**-25 lr``, the rounding error of one
-    fp32 update of size lr.
-
-    Raises:
-        ValueError: beta1**2 >= beta2, so that momentum does not fade.
-    """
-    beta1, beta2 = betas
-    ratio = beta1 / math.sqrt(beta2)
-    if ratio >= 1:
-        raise ValueError(f"betas={betas}: exact expert updates need beta1**2 < beta2; choose dense updates instead")
-    if beta1 == 0:
-        return 0
-    bound = (1 - beta1) / math.sqrt((1 - beta2) * (1 - ratio**2))
-    return max(0, math.ceil(math.log(2**-25 * (1 - ratio) / bound) / math.log(ratio)))
-
-
-@dataclass
-class _Bank:
-    """Stacked weights of one layer's experts, and what each of them has missed."""
-
-    parameters: list[nn.Parameter]
-    group: dict[str, Any]
-    step: int
-    touched: list[int]
-    """Of each expert the update that its moments are of; 0 = it never had a gradient."""
-    current: list[int]
-    """Of each expert the update that its weights are of."""
-    used: set[int] = field(default_factory=set)
-    """Experts that may have a gradient now."""
-    history: list[tuple[float, float]] = field(default_factory=list)
-    """Learning rate and weight decay of the last updates, up to `step`."""
-
-    def missed(self, experts: Sequence[int]) -> tuple[list[int], list[int], np.ndarray]:
-        """Those of the experts whose weights change, and their updates for `kernels.replay`, in fp64."""
-        beta1, beta2 = self.group["betas"]
-        current, touched = (np.array([each[expert] for expert in experts]) for each in (self.current, self.touched))
-        counts = self.step - current
-        owner = np.repeat(np.arange(len(experts)), counts)
-        step = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + current[owner] + 1
-        rates = np.array(self.history)[step - 1 - self.step]  # counted from the end
-        since = step - touched[owner]
-        moves = (since <= horizon((beta1, beta2))) & (touched[owner] > 0)
-        since = np.where(moves, since, 0)
-        # exp_avg_sq would be smaller by beta2**since: its root is taken once, and its factor goes into the others.
-        root = beta2 ** (since / 2) / np.sqrt(1 - beta2**step)
-        rows = np.stack(
-            [
-                1 - rates[:, 0] * rates[:, 1],
-                np.where(moves, rates[:, 0] * beta1**since / (1 - beta1**step) / root, 0),
-                np.where(moves, self.group["eps"] / root, 1),
-            ],
-            axis=1,
-        )
-        kept = moves | (rows[:, 0] != 1)
-        sizes = np.bincount(owner[kept], minlength=len(experts))
-        changed = np.flatnonzero(sizes)
-        return [experts[int(i)] for i in changed], np.cumsum(sizes[changed]).tolist(), rows[kept]
 
 
 class ExpertAdamW(torch.optim.Optimizer):
@@ -145,8 +79,8 @@ class ExpertAdamW(torch.optim.Optimizer):
         self.master_weights, self.offload_experts = master_weights, offload_experts
         self._shards: StateShards | None = None
         self._gathered: States = {}
-        self._banks: list[_Bank] = []
-        self._watched: dict[nn.Parameter, _Bank] = {}
+        self._banks: list[Bank] = []
+        self._watched: dict[nn.Parameter, Bank] = {}
         self._hooks: list[RemovableHandle] = []
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -175,7 +109,7 @@ class ExpertAdamW(torch.optim.Optimizer):
         reached = self.offload_experts or all(p.device.type == "cpu" for p in parameters)
         if not reached or not all(id(p) in members and p.is_contiguous() for p in parameters):
             return False
-        bank = _Bank(list(parameters), groups[0], 0, [], [])
+        bank = Bank(list(parameters), groups[0], 0, [], [])
         self._banks.append(bank)
         self._watched.update(dict.fromkeys(parameters, bank))
         self._restore(bank)
@@ -287,7 +221,7 @@ class ExpertAdamW(torch.optim.Optimizer):
             bank.used = set(part.nonzero()[:, 0].tolist())
 
     @torch.no_grad()
-    def _catch_up(self, bank: _Bank, experts: Sequence[int] | None = None) -> None:
+    def _catch_up(self, bank: Bank, experts: Sequence[int] | None = None) -> None:
         if self.expert_updates != "exact" or not bank.history:
             return
         listed = range(len(bank.current)) if experts is None else experts
@@ -392,7 +326,7 @@ class ExpertAdamW(torch.optim.Optimizer):
             eps=group["eps"], weight_decay=group["weight_decay"],
         )  # fmt: skip
 
-    def _step_bank(self, bank: _Bank, factor: float) -> None:
+    def _step_bank(self, bank: Bank, factor: float) -> None:
         if all(parameter.grad is None for parameter in bank.parameters):
             return
         experts = sorted(bank.used)
@@ -476,7 +410,7 @@ class ExpertAdamW(torch.optim.Optimizer):
         master, host = self._has_master(parameter), self._on_host(parameter)
         self.state[parameter] = master_weights.restored(parameter, saved, master, host)
 
-    def _restore(self, bank: _Bank) -> None:
+    def _restore(self, bank: Bank) -> None:
         """Let a bank begin where the state of its parameters is; the weights are of the same update."""
         experts = len(bank.parameters[0])
         for parameter in bank.parameters:

@@ -9,7 +9,7 @@ from fairseq.tasks import setup_task
 from omegaconf import OmegaConf
 
 import fairseq_plugins  # noqa: F401
-from fairseq_plugins.tasks.mtmoe_translation import MtmoeTranslationConfig
+from fairseq_plugins.tasks.options import MtmoeTranslationConfig
 
 LIMITS = {
     "max_tokens": 300, "max_positions": (15, 15), "ignore_invalid_inputs": True, "required_batch_size_multiple": 4,

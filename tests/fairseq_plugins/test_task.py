@@ -18,7 +18,8 @@ import fairseq_plugins  # noqa: F401
 from fairseq_plugins.criterions.label_smoothed_cross_entropy import MtmoeLabelSmoothedCrossEntropy
 from fairseq_plugins.optim.adamw import MtmoeAdamW
 from fairseq_plugins.tasks.batch_iterators import TrainingEpochs
-from fairseq_plugins.tasks.mtmoe_translation import MtmoeTranslationConfig, identity_sample
+from fairseq_plugins.tasks.mtmoe_translation import identity_sample
+from fairseq_plugins.tasks.options import MtmoeTranslationConfig
 from fairseq_plugins.tasks.parallel_dataset import Direction, ParallelDataset, Side
 from mtmoe.errors import ConfigError, DataError, UnknownLanguage
 from mtmoe.training.curriculum import Schedule

@@ -15,7 +15,8 @@ from mtmoe import kernels
 from mtmoe.kernels import adamw as adamw_kernels
 from mtmoe.kernels import extension
 from mtmoe.training import expert_adamw
-from mtmoe.training.expert_adamw import ExpertAdamW, horizon
+from mtmoe.training.expert_adamw import ExpertAdamW
+from mtmoe.training.waiting_experts import horizon
 
 BACKENDS = ["torch", pytest.param("compiled", marks=pytest.mark.skipif(not extension.available(), reason="not built"))]
 
