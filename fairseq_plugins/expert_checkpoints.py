@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+STACKED = ("exp_avg", "exp_avg_sq", "master", "touched")
+"""What an optimiser keeps of experts with a row for each."""
 
 
 def take_local(state: dict[str, Any], parameters: list[Tensor]) -> dict[str, Any]:
-    """An optimiser's state with the moments of all experts cut to those of this process.
+    """An optimiser's state with what it keeps of all experts cut to those of this process.
 
     Args:
         state: as torch's optimisers save it.
@@ -21,6 +22,6 @@ def take_local(state: dict[str, Any], parameters: list[Tensor]) -> dict[str, Any
         local = getattr(parameter, "local_experts", None)
         if local is None or number not in cut or len(cut[number]["exp_avg"]) == len(parameter):
             continue
-        names = [name for name in (*MOMENTS, "touched") if name in cut[number]]
+        names = [name for name in STACKED if name in cut[number]]
         cut[number] = {**cut[number], **{name: cut[number][name][local.start : local.stop] for name in names}}
     return {**state, "state": cut}

@@ -64,7 +64,6 @@ class ExpertParallelOptions(FairseqDataclass):
         default=False,
         metadata={"help": "with --cmr, run the shared network while rows travel to experts and back; same numbers"},
     )
-    zero_sharding: str = II("distributed_training.zero_sharding")
     store_ema: bool = II("ema.store_ema")  # type: ignore[assignment]
 
 
@@ -126,20 +125,13 @@ def start(cfg: Any) -> ExpertParallel | None:
 
 
 def check(cfg: Any) -> None:
-    """Refuse options of fairseq that would treat the experts of one process as those of all.
+    """Refuse what would treat the experts of one process as those of all.
 
     Raises:
         ConfigError: there is one.
     """
-    if cfg.expert_parallel_size == 1:
-        return
-    wrong = {
-        f"--zero-sharding {cfg.zero_sharding}": cfg.zero_sharding != "none",
-        "--store-ema": cfg.store_ema,
-    }
-    for option, given in wrong.items():
-        if given:
-            raise ConfigError(f"{option} does not work with --expert-parallel-size above 1; leave it out")
+    if cfg.expert_parallel_size > 1 and cfg.store_ema:
+        raise ConfigError("--store-ema does not work with --expert-parallel-size above 1; leave it out")
 
 
 def check_training(cfg: Any) -> None:
@@ -192,10 +184,9 @@ def share(model: Any, optimizer: Any, parallel: ExpertParallel, scale: str) -> N
             "--expert-parallel-size above 1 needs --ddp-backend legacy_ddp: the others average experts over all "
             "processes, though each has its own"
         )
-    narrow = (torch.float16, torch.bfloat16)
-    if not hasattr(optimizer, "share_experts") or any(parameter.dtype in narrow for parameter in optimizer.params):
+    if not hasattr(optimizer, "share_experts"):
         raise ConfigError(
-            "--expert-parallel-size above 1 needs --optimizer mtmoe_adamw, without --fp16, --bf16 or --amp; "
-            "--autocast bfloat16 works"
+            "--expert-parallel-size above 1 needs --optimizer mtmoe_adamw, without --fp16 or --amp; --bf16 and "
+            "--autocast bfloat16 work"
         )
     optimizer.share_experts(parallel, scale)
