@@ -9,8 +9,9 @@ from typing import Any
 from fairseq.dataclass import ChoiceEnum
 from fairseq.models.transformer import TransformerConfig
 
+from mtmoe.field_texts import field_texts
 from mtmoe.kernels import BACKENDS
-from mtmoe.moe.config import MoEConfig, field_help
+from mtmoe.moe.config import MoEConfig
 
 # These fields of MoEConfig come from fairseq's own options of the side that the layer is on.
 FROM_FAIRSEQ = ("d_model", "d_ffn", "dropout", "activation", "activation_dropout")
@@ -37,7 +38,7 @@ def _placement_fields() -> list[tuple[str, Any, Any]]:
 
 def _moe_fields() -> list[tuple[str, Any, Any]]:
     kinds = {"int": int, "float": float, "bool": bool, "str": str}
-    texts = field_help()
+    texts = field_texts(MoEConfig)
     return [
         (item.name, kinds[str(item.type)], field(default=item.default, metadata={"help": texts[item.name]}))
         for item in fields(MoEConfig)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import itertools
-import textwrap
 from dataclasses import dataclass
 
 SECOND_EXPERT_POLICIES = ("all", "sampling", "random", "threshold")
@@ -239,15 +235,3 @@ class MoEConfig:
         size = self.num_experts // (self.expert_clusters or 1)
         # The small term: 0.29 * 100 is 28.999… in floating point, and means 29.
         return max(1, size - int(self.cluster_expert_dropout * size + 1e-6))
-
-
-def field_help() -> dict[str, str]:
-    """The line of documentation under each field of `MoEConfig`, for the help of options made from it."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(MoEConfig))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    texts: dict[str, str] = {}
-    for statement, following in itertools.pairwise(body.body):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            assert isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            texts[statement.target.id] = " ".join(str(following.value.value).split())
-    return texts

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import itertools
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -98,15 +94,3 @@ def with_overrides(overrides: Sequence[str]) -> Assumptions:
         except ValueError:
             raise ConfigError(f"--assume {override!r}: {text!r} is no number, such as {name}=0.5") from None
     return replace(Assumptions(), **values)  # type: ignore[arg-type]
-
-
-def explanations() -> dict[str, str]:
-    """Name of an assumption -> the text under it, which says where it comes from."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(Assumptions))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    texts: dict[str, str] = {}
-    for statement, following in itertools.pairwise(body.body):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            assert isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            texts[statement.target.id] = " ".join(str(following.value.value).split())
-    return texts

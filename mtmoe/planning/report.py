@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
-from mtmoe.planning.assumptions import explanations
+from mtmoe.field_texts import field_texts
+from mtmoe.planning.assumptions import Assumptions
 from mtmoe.planning.communication import Traffic
 from mtmoe.planning.hardware import GIB, GIGA, TERA
 from mtmoe.planning.memory import Memory
@@ -51,7 +52,7 @@ def tables(plan: Plan, *, options: bool = False, explain: bool = False) -> list[
     if options:
         made.append(_effects(plan))
     if explain:
-        texts = explanations()
+        texts = field_texts(Assumptions)
         rows = [[name, f"{value:g}" if not isinstance(value, bool) else str(value).lower(), texts[name]]
                 for name, value in asdict(plan.assumed).items()]  # fmt: skip
         made.append(Table("Assumptions (change one with --assume NAME=VALUE)", ("name", "value", "what and why"), rows))

@@ -1,8 +1,5 @@
 """A fairseq checkpoint made from a folder: exact, readable, and a start for training with fairseq itself."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reference.commands import command, run
 from reference.fairseq_file import fairseq_options
 from reference.models import DIRECTIONS, toy_model, toy_sentence, toy_translation
 
@@ -105,10 +103,7 @@ TRAINING = (
 
 
 def fairseq(name: str, *arguments: object) -> str:
-    words = [str(Path(sys.executable).with_name(name)), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=280)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    done = run(command(name, *arguments), timeout=280)
     return done.stdout + done.stderr
 
 

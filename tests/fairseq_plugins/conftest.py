@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from reference.commands import ROOT, command, environment, run, torchrun
 
-ROOT = Path(__file__).parents[2]
 LANGUAGES = ("de", "en", "fr")
 DIRECTIONS = ("de-en", "en-de", "en-fr", "fr-en")
 WORDS = 40
@@ -66,27 +64,9 @@ TRAIN = shlex.split(
 )
 
 
-def command(name: str, *arguments: object) -> list[str]:
-    """A fairseq command of this interpreter's environment."""
-    return [str(Path(sys.executable).with_name(name)), *map(str, arguments)]
-
-
 def train_command(data: Path, save: Path, *arguments: object) -> list[str]:
     words = [data, "--user-dir", ROOT / "fairseq_plugins", "--save-dir", save, *TRAIN, *MODEL, *arguments]
     return command("fairseq-train", *words)
-
-
-def environment(**changes: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **changes}
-
-
-def run(words: list[str], check: bool = True, **kwargs) -> subprocess.CompletedProcess:
-    variables = environment(**kwargs.pop("env", {}))
-    seconds = kwargs.pop("timeout", 120)
-    done = subprocess.run(words, capture_output=True, text=True, env=variables, timeout=seconds, **kwargs)
-    if check and done.returncode:
-        raise AssertionError(f"exit {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
-    return done
 
 
 def run_until(words: list[str], update: int = 0, number: int = 0) -> tuple[int, str]:
@@ -127,6 +107,7 @@ def fairseq():
         run_until=run_until,
         environment=environment,
         command=command,
+        torchrun=torchrun,
         train_command=train_command,
         losses=losses,
         write_toy_data=write_toy_data,

@@ -18,6 +18,7 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from omegaconf import OmegaConf
+from reference.saving import make_config, names, save
 from torch import nn
 
 import fairseq_plugins  # noqa: F401 - repairs saving and loading, which is under test
@@ -84,19 +85,6 @@ class Trainer:
         progress = {"num_updates": self.updates, **self.task.guard.state()}
         state = {"epoch": 1, "iterations_in_epoch": self.updates, "progress": progress}
         return SimpleNamespace(epoch=1, next_epoch_idx=1, end_of_epoch=lambda: False, state_dict=lambda: state)
-
-
-def make_config(folder, **changes):
-    config = checkpoint_utils.CheckpointConfig(save_dir=str(folder), save_interval_updates=10, keep_interval_updates=1)
-    return OmegaConf.merge(OmegaConf.structured(config), {"model_parallel_size": 1, **changes})
-
-
-def save(config, trainer, loss=None):
-    return checkpoint_utils.save_checkpoint(config, trainer, trainer.epochs(), loss)
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def updates_of(path):

@@ -2,7 +2,6 @@
 
 import contextlib
 import shlex
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -33,11 +32,7 @@ def train(fairseq, toy_data, tmp_path):
     def run(processes: int, name: str, *options: object) -> dict[int, list[float]]:
         words = fairseq.train_command(toy_data, tmp_path / name, *MODEL, *options)
         if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            launcher = ("--nproc_per_node", processes, "--master_addr", "127.0.0.1", "--master_port", port)
-            words = [*fairseq.command("torchrun", *launcher), *words]
+            words = fairseq.torchrun(processes, *words)
         printed = fairseq.losses(fairseq.run(words, timeout=280).stdout)
         return {update: [float(number) for number in line.split()] for update, line in printed.items()}
 

@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-import socket
 import sys
 
 import pytest
@@ -75,12 +74,7 @@ def train(fairseq, toy_data, tmp_path_factory):
             words = fairseq.train_command(toy_data, folder / place, *MODEL, *shlex.split(options))
             listed.append((name, [str(word) for word in words]))
         (folder / "commands.json").write_text(json.dumps(listed))
-        start = [sys.executable]
-        if processes > 1:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            start = fairseq.command("torchrun", "--nproc_per_node", processes, "--master_port", port)
+        start = fairseq.torchrun(processes) if processes > 1 else [sys.executable]
         words = [*start, folder / "program.py", folder / "commands.json"]
         done = fairseq.run([str(word) for word in words], timeout=280)
         parts = dict(part.split("\n", 1) for part in done.stdout.split("\n=== ")[1:])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 from omegaconf import OmegaConf
+from reference.saving import make_config, names, save
 from torch import nn
 
 import fairseq_plugins  # noqa: F401 - repairs saving and loading, which is under test
@@ -127,19 +128,6 @@ class Trainer:
 
 
 Trainer.load_checkpoint = sharded_checkpoints.loading_directories(Trainer.load_checkpoint)
-
-
-def make_config(folder, **changes):
-    config = checkpoint_utils.CheckpointConfig(save_dir=str(folder), save_interval_updates=10, keep_interval_updates=1)
-    return OmegaConf.merge(OmegaConf.structured(config), {"model_parallel_size": 1, **changes})
-
-
-def save(config, trainer, loss=None):
-    return checkpoint_utils.save_checkpoint(config, trainer, trainer.epochs(), loss)
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.fixture(autouse=True)

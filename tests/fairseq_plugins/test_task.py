@@ -12,6 +12,7 @@ import torch
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from fairseq.tasks import setup_task
 from omegaconf import OmegaConf
+from reference.schedules import ChosenDirections
 from torch import nn
 
 import fairseq_plugins  # noqa: F401
@@ -203,19 +204,6 @@ def test_epochs_end_where_a_phase_begins(loaded):
     assert any("en-fr" in sets[update] for update in range(7, 20))
 
 
-class Phases:
-    """A schedule whose active directions a test sets."""
-
-    def __init__(self, names):
-        self.names = names
-
-    def active(self, update):
-        return tuple(self.names)
-
-    def next_boundary(self, update):
-        return None
-
-
 def ids_of(samples):
     return [sample["id"].tolist() if sample else [] for sample in samples]
 
@@ -226,7 +214,7 @@ def test_the_rest_of_an_epoch_is_drawn_anew(loaded, shards):
 
     def make(shard, counter, active):
         epochs = make_epochs(loaded, counter, shards=shards, shard=shard)
-        epochs.schedule = Phases(active)
+        epochs.schedule = ChosenDirections(active)
         return epochs
 
     counters = [Counter() for _ in range(shards)]

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 from collections import Counter
 
@@ -61,11 +60,7 @@ def train(fairseq, toy_data, tmp_path):
         words = fairseq.train_command(toy_data, tmp_path / "run", *options)
         words[words.index("--user-dir") + 1] = str(plugin)
         if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            launcher = ("--nproc_per_node", processes, "--master_addr", "127.0.0.1", "--master_port", port)
-            words = [*fairseq.command("torchrun", *launcher), *words]
+            words = fairseq.torchrun(processes, *words)
         process = subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=(tmp_path / "stderr").open("w"), text=True, start_new_session=True,
             env=fairseq.environment(NOTES=str(tmp_path)),

@@ -8,6 +8,7 @@ import pytest
 from fairseq.data.iterators import GroupedIterator
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from reference.schedules import ChosenDirections
 
 import fairseq_plugins  # noqa: F401
 from fairseq_plugins.tasks.batch_iterators import TrainingEpochs
@@ -40,19 +41,6 @@ class Progress:
         self.updates = counters["num_updates"]
 
 
-class Auto:
-    """A schedule that a test changes between two updates."""
-
-    def __init__(self, names):
-        self.names = names
-
-    def active(self, update):
-        return tuple(self.names)
-
-    def next_boundary(self, update):
-        return None
-
-
 class Run:
     """The processes of a run, in step: what each trains on, update by update, as fairseq goes through the iterators."""
 
@@ -72,7 +60,8 @@ class Run:
     def make(self, rank, epoch, after=None):
         given = {"temperature": 1.0, "epoch_size": 0, "block": 10**6, **self.options}
         return TrainingEpochs(
-            self.dataset, Auto(self.auto) if self.auto else Schedule(self.starts), self.dataset.usable(None, None)[0],
+            self.dataset, ChosenDirections(self.auto) if self.auto else Schedule(self.starts),
+            self.dataset.usable(None, None)[0],
             seed=3, epoch=epoch, update_freq=[self.freq], num_shards=self.shards, shard_id=rank,
             progress=self.ranks[rank], limits={"max_tokens": 40, "max_sentences": None, "multiple": 1}, after=after,
             **given,

@@ -1,16 +1,14 @@
 """The same model in fairseq-generate and here: the same texts and scores."""
 
 import math
-import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from reference.commands import command, run
 from reference.models import toy_sentence, toy_translation
 
 from mtmoe.inference import SearchOptions, Translator, search
@@ -39,10 +37,7 @@ TRAINING = (
 
 
 def fairseq(name: str, *arguments: object) -> str:
-    words = [str(Path(sys.executable).with_name(name)), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    done = run(command(name, *arguments), timeout=120)
     return done.stdout
 
 

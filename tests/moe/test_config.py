@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
+from mtmoe.field_texts import field_texts
 from mtmoe.moe import MoEConfig, MoELayer
-from mtmoe.moe.config import field_help
 from mtmoe.moe.gates import GATES, build_gate
 
 SIZES = {"d_model": 4, "d_ffn": 8}
@@ -126,6 +126,6 @@ def test_gating_dropout_has_one_expert_a_rank_by_default():
 
 
 def test_every_field_has_a_help_text():
-    texts = field_help()
+    texts = field_texts(MoEConfig)
     assert list(texts) == [field.name for field in dataclasses.fields(MoEConfig)]
     assert all(len(text) > 10 and "\n" not in text for text in texts.values())

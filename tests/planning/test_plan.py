@@ -6,8 +6,9 @@ from dataclasses import asdict, fields, replace
 import pytest
 
 from mtmoe.errors import ConfigError
+from mtmoe.field_texts import field_texts
 from mtmoe.planning import presets
-from mtmoe.planning.assumptions import Assumptions, explanations, with_overrides
+from mtmoe.planning.assumptions import Assumptions, with_overrides
 from mtmoe.planning.hardware import GIB, GPUS, Cluster
 from mtmoe.planning.model import ModelShape
 from mtmoe.planning.plan import effects, estimate, make_plan
@@ -172,7 +173,7 @@ def test_shapes_that_cannot_be(changes, text):
 
 
 def test_every_assumption_says_where_it_comes_from():
-    texts = explanations()
+    texts = field_texts(Assumptions)
     assert set(texts) == {field.name for field in fields(Assumptions)}
     for name, text in texts.items():
         assert any(word in text for word in ("assumed", "Source:", "upper bound", "even load")), name

@@ -1,5 +1,8 @@
 """A bank of experts without a model around it, and short trainings of it by any optimiser."""
 
+import copy
+import itertools
+
 import torch
 from hypothesis import strategies as st
 from torch import nn
@@ -54,6 +57,33 @@ def train(bank, optimizer, batches, learning_rates, clip=0.0, first=0):
             optimizer.step()
         norms.append(norm)
     return norms
+
+
+def train_twice(updates, dtype, batches, rates, stops, options):
+    """The same training unbroken, and stopped after some updates, each time going on with objects made anew.
+
+    Returns:
+        Bank and optimiser of the unbroken one, and of the other.
+    """
+    whole = Bank(5, dtype)
+    optimizer = optimizer_for(whole, updates, **options)
+    train(whole, optimizer, batches, rates)
+    broken = Bank(5, dtype)
+    second = optimizer_for(broken, updates, **options)
+    for start, end in itertools.pairwise([0, *stops, len(batches)]):
+        train(broken, second, batches[start:end], rates[start:end], first=start)
+        saved = copy.deepcopy((broken.state_dict(), second.state_dict()))
+        broken = Bank(5, dtype, seed=1)
+        broken.load_state_dict(saved[0])
+        second = ExpertAdamW(broken.parameters(), expert_updates=updates, **options)
+        # fairseq loads before the first update tells which weights are experts; others may load later.
+        early = end % 2
+        if early:
+            second.load_state_dict(saved[1])
+        second.watch(broken, [broken.w, broken.b])
+        if not early:
+            second.load_state_dict(saved[1])
+    return (whole, optimizer), (broken, second)
 
 
 @st.composite

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.expert_bank import Bank, optimizer_for, random_run, runs, train
+from reference.expert_bank import Bank, optimizer_for, random_run, runs, train, train_twice
 from torch import nn
 from torch.testing import assert_close
 
@@ -77,24 +77,8 @@ def test_horizon():
 def test_a_resumed_run_has_the_bits_of_an_unbroken_one(backend, updates):
     batches, rates = random_run(300)
     options = {"weight_decay": 0.01, "betas": (0.9, 0.98)}
-    whole = Bank(5, torch.float32)
-    optimizer = optimizer_for(whole, updates, **options)
-    train(whole, optimizer, batches, rates)
-    broken = Bank(5, torch.float32)
-    second = optimizer_for(broken, updates, **options)
-    for start, end in ((0, 1), (1, 17), (17, 120), (120, 300)):  # saved where the unbroken run did not save
-        train(broken, second, batches[start:end], rates[start:end], first=start)
-        saved = copy.deepcopy((broken.state_dict(), second.state_dict()))
-        broken = Bank(5, torch.float32, seed=1)
-        broken.load_state_dict(saved[0])
-        second = ExpertAdamW(broken.parameters(), expert_updates=updates, **options)
-        # fairseq loads before the first update tells which weights are experts; others may load later.
-        early = end % 2
-        if early:
-            second.load_state_dict(saved[1])
-        second.watch(broken, [broken.w, broken.b])
-        if not early:
-            second.load_state_dict(saved[1])
+    stops = (1, 17, 120)  # where the unbroken run did not save
+    (whole, optimizer), (broken, second) = train_twice(updates, torch.float32, batches, rates, stops, options)
     for name, value in whole.state_dict().items():
         assert torch.equal(broken.state_dict()[name], value), name
     states = [each.state_dict()["state"] for each in (optimizer, second)]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from hypothesis import given, settings
-from reference.expert_bank import Bank, optimizer_for, random_run, runs, train
+from reference.expert_bank import Bank, optimizer_for, random_run, runs, train, train_twice
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._pytree import tree_map
@@ -93,23 +93,7 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(updates, dtype, offload):
     offload = offload and updates != "dense"
     batches, rates = random_run(60)
     options = {"master_weights": True, "offload_experts": offload, **OPTIONS}
-    whole = Bank(5, dtype)
-    optimizer = optimizer_for(whole, updates, **options)
-    train(whole, optimizer, batches, rates)
-    broken = Bank(5, dtype)
-    second = optimizer_for(broken, updates, **options)
-    for start, end in ((0, 7), (7, 30), (30, 60)):
-        train(broken, second, batches[start:end], rates[start:end], first=start)
-        saved = copy.deepcopy((broken.state_dict(), second.state_dict()))
-        broken = Bank(5, dtype, seed=1)
-        broken.load_state_dict(saved[0])
-        second = ExpertAdamW(broken.parameters(), expert_updates=updates, **options)
-        early = end % 2
-        if early:
-            second.load_state_dict(saved[1])
-        second.watch(broken, [broken.w, broken.b])
-        if not early:
-            second.load_state_dict(saved[1])
+    (whole, optimizer), (broken, second) = train_twice(updates, dtype, batches, rates, (7, 30), options)
     for name, value in whole.state_dict().items():
         assert torch.equal(broken.state_dict()[name], value), name
     expected, actual = (each.state_dict()["state"] for each in (optimizer, second))
